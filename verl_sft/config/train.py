@@ -1,0 +1,174 @@
+"""What `train` can be told: verl's legacy keys are the canonical ones, `dialects.py` maps the rest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from verl_sft.config.checks import at_least, fraction, one_of
+
+
+@dataclass
+class MultiturnConfig:
+    """Train whole conversations instead of prompt/response pairs."""
+
+    enable: bool = False
+    messages_key: str = "messages"
+    tools_key: str = "tools"
+    enable_thinking_key: str = "enable_thinking"
+
+
+@dataclass
+class MaskConfig:
+    """Weight of each part of a learned assistant message."""
+
+    reasoning: float = 1.0
+    tool_call: float = 1.0
+    content: float = 1.0
+
+
+@dataclass
+class DataConfig:
+    """Rows in, micro-batches out."""
+
+    train_files: Any = None  # a path, a list, a glob or an sft_data directory
+    val_files: Any = None  # default: val.parquet beside train.parquet; none: no validation
+    train_batch_size: int = 256  # samples per optimizer step, over all ranks
+    micro_batch_size_per_gpu: int = 4
+    max_token_len_per_gpu: int | None = None  # default: micro_batch_size_per_gpu * max_length
+    max_length: int = 1024  # tokens of one sample
+    truncation: str = "error"  # error | left | right | drop | oldest_turns
+    prompt_key: str = "prompt_data"
+    response_key: str = "response_data"
+    prompt_dict_keys: list[str] | None = None  # path walked into a struct column
+    response_dict_keys: list[str] | None = None
+    multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    turn_view: str = "auto"  # auto | single_pass | per_turn | last | indices
+    history_thinking: str = "template"  # template | keep | strip
+    train_on_eot_newline: bool = True
+    special_tokens_in_content: str = "escape"  # escape | error | allow
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    train_max_samples: int = -1  # -1: all
+    val_max_samples: int = -1
+    shuffle: bool = True
+    max_reject_fraction: float = 0.05
+    num_workers: int | None = None  # tokenising processes; default: the number of cores
+    cache_dir: str | None = None  # token cache; default <run directory>/token_cache
+
+    def __post_init__(self) -> None:
+        one_of("data.truncation", self.truncation, _TRUNCATION)
+        one_of("data.turn_view", self.turn_view, _TURN_VIEW)
+        one_of("data.history_thinking", self.history_thinking, ("template", "keep", "strip"))
+        one_of("data.special_tokens_in_content", self.special_tokens_in_content, _SPECIAL)
+        at_least("data.train_batch_size", self.train_batch_size, 1)
+        at_least("data.micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
+        at_least("data.max_length", self.max_length, 2)
+        fraction("data.max_reject_fraction", self.max_reject_fraction)
+
+    @property
+    def token_budget(self) -> int:
+        """Most tokens that one micro-batch may hold."""
+        return self.max_token_len_per_gpu or self.micro_batch_size_per_gpu * self.max_length
+
+
+_TRUNCATION = ("error", "left", "right", "drop", "oldest_turns")
+_TURN_VIEW = ("auto", "single_pass", "per_turn", "last", "indices")
+_SPECIAL = ("escape", "error", "allow")
+
+
+@dataclass
+class ModelConfig:
+    """Which model, which of its parameters learn, with which kernels."""
+
+    partial_pretrain: str | None = None  # HF folder or hub name
+    lora_rank: int = 0  # 0: full fine-tuning
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: Any = "all-linear"
+    lora_adapter_path: str | None = None
+    enable_gradient_checkpointing: bool = False
+    attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2 | varlen
+    use_liger: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("model.lora_rank", self.lora_rank, 0)
+        fraction("model.lora_dropout", self.lora_dropout)
+
+
+@dataclass
+class EngineConfig:
+    """How parameters are sharded and in which precision they compute."""
+
+    strategy: str = "fsdp2"
+    model_dtype: str = "fp32"  # of parameters and optimizer states: fp32 | bf16
+    dtype: str = "auto"  # of compute: auto (bf16 where the device has it) | bf16 | fp32
+    fsdp_size: int = -1
+    reshard_after_forward: bool = True
+    offload: bool = False  # parameters and optimizer states in host memory
+
+    def __post_init__(self) -> None:
+        one_of("engine.strategy", self.strategy, ("fsdp2", "fsdp"))
+        one_of("engine.model_dtype", self.model_dtype, ("fp32", "bf16"))
+        one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16"))
+
+
+@dataclass
+class OptimConfig:
+    """Optimizer and schedule."""
+
+    lr: float = 1e-5
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    decay_norms_and_biases: bool = False  # verl decays them; most others do not
+    clip_grad: float = 1.0
+    lr_scheduler: str = "cosine"  # cosine | linear | constant | wsd
+    lr_warmup_steps_ratio: float = 0.1
+    lr_warmup_steps: int = -1  # -1: by ratio
+    min_lr_ratio: float = 0.0
+
+    def __post_init__(self) -> None:
+        one_of("optim.lr_scheduler", self.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
+        at_least("optim.lr", self.lr, 0)
+        fraction("optim.lr_warmup_steps_ratio", self.lr_warmup_steps_ratio)
+
+
+@dataclass
+class TrainerConfig:
+    """How long, where to, how often."""
+
+    default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
+    project_name: str = "verl_sft"
+    experiment_name: str = "default"
+    total_epochs: int = 4
+    total_training_steps: int | None = None
+    save_freq: Any = "after_each_epoch"  # steps | after_each_epoch | -1: only at the end
+    test_freq: Any = "after_each_epoch"
+    logger: Any = field(default_factory=lambda: ["console", "file", "tensorboard"])
+    seed: int = 1
+    resume_mode: str = "auto"  # auto | disable | resume_path
+    resume_from_path: str | None = None
+    max_ckpt_to_keep: int | None = None
+    nan_policy: str = "stop"
+    export: bool = True  # write an HF folder at the end
+    device: str = "auto"  # auto | cuda | cpu
+
+    def __post_init__(self) -> None:
+        one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable", "resume_path"))
+        one_of("trainer.device", self.device, ("auto", "cuda", "cpu"))
+        at_least("trainer.total_epochs", self.total_epochs, 1)
+
+
+@dataclass
+class TrainConfig:
+    """`verl-sft train`, and `python -m verl_sft.trainer.fsdp_sft_trainer` under torchrun."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    ulysses_sequence_parallel_size: int = 1
+    use_remove_padding: bool = True  # pack samples into rows without padding
