@@ -1,4 +1,4 @@
-"""What `train` can be told: verl's legacy keys are the canonical ones, `dialects.py` maps the rest."""
+"""What `train` can be told: the legacy verl keys are canonical, `dialects.py` maps the rest."""
 
 from __future__ import annotations
 
