@@ -1,0 +1,220 @@
+"""Which sample is read when, by which rank, in which micro-batch: a pure function.
+
+Every rank computes the plan alone and all agree, so resuming needs only (epoch, step), and another
+number of ranks replans from the same global batches.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_sft.data.packing import check_lengths, pack
+
+Row = tuple[int, ...]  # sample indices that lie behind one another in one row
+MicroBatch = tuple[Row, ...]  # rows of one forward pass; (): this rank has nothing to do in it
+Lengths = npt.NDArray[np.int64]
+
+# Attention work of one token pair over the other work of one token: about 1 / (12 * hidden size).
+QUADRATIC_COST = 1 / 16384
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One optimizer step; `ranks[dp_rank]` has the same number of micro-batches for all ranks."""
+
+    ranks: tuple[tuple[MicroBatch, ...], ...]
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Forward passes of each rank."""
+        return len(self.ranks[0])
+
+    def sample_indices(self) -> list[int]:
+        """All samples of the global batch, ascending."""
+        return sorted(i for rank in self.ranks for micro in rank for row in micro for i in row)
+
+
+@dataclass(frozen=True, slots=True)
+class EpochPlan:
+    """All optimizer steps of one epoch."""
+
+    steps: tuple[StepPlan, ...]
+
+
+def plan_epoch(
+    lengths: Lengths,
+    *,
+    seed: int,
+    epoch: int,
+    token_budget: int,
+    train_batch_size: int,
+    dp_size: int,
+    packed: bool = True,
+    micro_batch_size: int | None = None,
+    drop_last: bool = False,
+    shuffle: bool = True,
+    quadratic_cost: float = QUADRATIC_COST,
+) -> EpochPlan:
+    """Plan one epoch: shuffle, cut into global batches, pack each, balance it over the ranks.
+
+    Which samples share a global batch depends on (seed, epoch, number of samples) alone, never on
+    lengths, ranks or packing. Inside a batch, samples are packed into micro-batches of at most
+    `token_budget` tokens, then spread so that micro-batches that run at the same time cost the same
+    (cost of a document = length + quadratic_cost * length^2).
+
+    Args:
+        lengths: tokens of each sample, int64 [N].
+        seed: of the run.
+        epoch: counted from 0.
+        token_budget: most tokens of one micro-batch, padding included.
+        train_batch_size: samples per optimizer step over all ranks.
+        dp_size: ranks that read different data.
+        packed: one row of several documents; else one document per row, padded.
+        micro_batch_size: most rows of a padded micro-batch (None: as many as fit).
+        drop_last: leave out the last batch if it is not full.
+        shuffle: False keeps the order of the data.
+        quadratic_cost: see above.
+
+    Raises:
+        InputError: a sample is longer than the budget.
+
+    Example (one step, two ranks, two micro-batches each, at most 10 tokens per micro-batch):
+        >>> plan = plan_epoch(np.array([5, 9, 3, 7, 4]), seed=0, epoch=0, token_budget=10,
+        ...                   train_batch_size=5, dp_size=2, shuffle=False)
+        >>> plan.steps[0].ranks
+        ((((1,),), ((0,),)), (((3,),), ((4, 2),)))
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    check_lengths(sizes, budget=token_budget)
+    order = _shuffled(len(sizes), seed=seed, epoch=epoch) if shuffle else np.arange(len(sizes))
+    stop = len(order) // train_batch_size * train_batch_size if drop_last else len(order)
+    rows = None if packed else micro_batch_size or len(sizes)
+    return EpochPlan(
+        tuple(
+            _plan_step(
+                sizes,
+                samples=np.sort(order[start : min(start + train_batch_size, stop)]),
+                budget=token_budget,
+                dp_size=dp_size,
+                padded_rows=rows,
+                quadratic=quadratic_cost,
+            )
+            for start in range(0, stop, train_batch_size)
+        )
+    )
+
+
+def validation_plan(
+    lengths: Lengths,
+    *,
+    token_budget: int,
+    dp_size: int,
+    packed: bool = True,
+    micro_batch_size: int | None = None,
+    quadratic_cost: float = QUADRATIC_COST,
+) -> StepPlan:
+    """Every sample once, in any number of micro-batches: one `StepPlan` for the whole file.
+
+    Raises:
+        InputError: a sample is longer than the budget.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    return _plan_step(
+        sizes,
+        samples=np.arange(len(sizes)),
+        budget=token_budget,
+        dp_size=dp_size,
+        padded_rows=None if packed else micro_batch_size or len(sizes),
+        quadratic=quadratic_cost,
+    )
+
+
+def _shuffled(count: int, *, seed: int, epoch: int) -> Lengths:
+    # The raw bit stream is frozen by numpy's compatibility policy, `permutation` is not.
+    stream = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+    return np.argsort(np.asarray(stream), kind="stable")
+
+
+def _plan_step(
+    lengths: Lengths,
+    *,
+    samples: Lengths,
+    budget: int,
+    dp_size: int,
+    padded_rows: int | None,
+    quadratic: float,
+) -> StepPlan:
+    sizes = lengths[samples]
+    costs = sizes + quadratic * sizes * sizes
+    if padded_rows is None:
+        bins = pack(sizes, budget=budget)
+        slots = -(-len(bins) // dp_size) * dp_size
+        bins = _spread(sizes.tolist(), costs=costs.tolist(), slots=slots, budget=budget) or bins
+        micros: list[MicroBatch] = [
+            (tuple(samples[members].tolist()),) if members else () for members in bins
+        ]
+        work = [float(costs[members].sum()) for members in bins]
+    else:
+        bins = _pad_groups(sizes, budget=budget, max_rows=padded_rows)
+        micros = [tuple((int(i),) for i in samples[members]) for members in bins]
+        work = [len(members) * float(costs[members].max()) for members in bins]
+    return _deal(micros, work=work, dp_size=dp_size)
+
+
+def _spread(
+    sizes: Sequence[int], *, costs: Sequence[float], slots: int, budget: int
+) -> list[list[int]] | None:
+    """Costliest sample first into the cheapest of `slots` bins; None where the budget forbids."""
+    heap = [(0.0, slot) for slot in range(slots)]
+    free = [budget] * slots
+    bins: list[list[int]] = [[] for _ in range(slots)]
+    for index in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
+        too_full = []
+        while heap and free[heap[0][1]] < sizes[index]:
+            too_full.append(heapq.heappop(heap))
+        if not heap:
+            return None
+        cost, slot = heap[0]
+        heapq.heapreplace(heap, (cost + costs[index], slot))
+        bins[slot].append(index)
+        free[slot] -= sizes[index]
+        for item in too_full:
+            heapq.heappush(heap, item)
+    return bins
+
+
+def _pad_groups(sizes: Lengths, *, budget: int, max_rows: int) -> list[list[int]]:
+    """Neighbours in length share a micro-batch: rows * longest row stays within the budget."""
+    groups: list[list[int]] = []
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        room = groups and min(max_rows, budget // int(sizes[groups[-1][0]])) > len(groups[-1])
+        if room:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _deal(micros: Sequence[MicroBatch], *, work: Sequence[float], dp_size: int) -> StepPlan:
+    """Costliest first, `dp_size` at a time, each to the rank with the least work so far.
+
+    Micro-batches of one round run at the same time and wait for one another in every collective,
+    so they are neighbours in cost.
+    """
+    ranks: list[list[MicroBatch]] = [[] for _ in range(dp_size)]
+    load = [0.0] * dp_size
+    order = sorted(range(len(micros)), key=lambda i: (-work[i], i))
+    for start in range(0, max(len(order), 1), dp_size):
+        round_ = order[start : start + dp_size]
+        for place, rank in enumerate(sorted(range(dp_size), key=lambda r: (load[r], r))):
+            if place < len(round_):
+                ranks[rank].append(micros[round_[place]])
+                load[rank] += work[round_[place]]
+            else:
+                ranks[rank].append(())
+    return StepPlan(tuple(tuple(rank) for rank in ranks))
