@@ -129,7 +129,11 @@ class ParsedAction:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One interaction: what the policy saw, what it said, what followed."""
+    """One interaction: what the policy saw, what it said, what followed.
+
+    `prompt` is what was new to the policy: the whole windowed prompt, or the one message that a
+    dialogue grew by (the chat before it is the `prompt` and `response` of the earlier steps).
+    """
 
     index: int
     observation: Observation

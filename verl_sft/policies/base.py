@@ -14,7 +14,7 @@ from verl_sft.types import Completion, Message, Observation, Step
 class PolicyRequest:
     """One decision to take.
 
-    `messages` is what a model sees. `observation` and `steps` are the same facts in structured form,
+    `messages` is what a model sees. `observation` and `steps` are the same facts in structure,
     for experts; `seed` is the episode's, so that a decision is a pure function of its request.
     """
 
