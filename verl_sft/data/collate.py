@@ -13,7 +13,7 @@ from verl_sft.data.sample import TokenizedSample
 PADDING_DOCUMENT = -1
 
 
-class PackedBatch(TensorClass["nocast"]):
+class PackedBatch(TensorClass["nocast"]):  # type: ignore[type-arg,name-defined]
     """Rows of documents. B rows, T tokens, N documents, S segments (documents and padding tails).
 
     Attributes:
