@@ -72,6 +72,22 @@ def publishing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def publish_dir(temporary: Path, path: Path) -> None:
+    """Make the finished directory `temporary` appear as `path`, which must not exist or be empty.
+
+    Raises:
+        StorageError: the disk is full or the place is not writable; `path` is then unchanged.
+    """
+    try:
+        for entry in sorted(temporary.rglob("*")):
+            fsync_path(entry)
+        fsync_path(temporary)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise storage_error(error, path) from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Publish `text` as UTF-8 under `path`."""
     with publishing(path) as temporary:
