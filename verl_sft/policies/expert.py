@@ -187,8 +187,14 @@ class _Player:
                 return self._open(belief.here, f"{why} {belief.here} is closed.")
         if not left:  # everything was seen: go round again
             left = search_order(thing, [p for p in belief.receptacles if p != belief.here])
-        listed = ", ".join(left[:_MAX_LISTED]) + (", ..." if len(left) > _MAX_LISTED else "")
-        none_here = f" There is none on {belief.here}." if belief.here in belief.contents else ""
+        listed = ", ".join(left[:_MAX_LISTED]) + (" and more" if len(left) > _MAX_LISTED else "")
+        here = belief.contents.get(belief.here)
+        if here is None:
+            none_here = ""
+        elif any(kind(name) == thing for name in here):
+            none_here = " One more is needed."
+        else:
+            none_here = f" There is none on {belief.here}."
         return self._go(left[0], f"{why}{none_here} To check: {listed}.")
 
     def _go(self, place: str, why: str) -> tuple[str, str]:

@@ -1,0 +1,170 @@
+"""From `key=value` words to a validated config tree.
+
+Hydra's grammar parses the words (quotes, lists, null, `+key`, `++key`, `~key`), the dataclass tree
+decides what exists. Nothing below an entry point sees a DictConfig.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from verl_sft.config.dialects import translate
+from verl_sft.errors import UsageError, VerlSftError
+
+T = TypeVar("T")
+
+
+def load_config(
+    schema: type[T], words: Sequence[str], *, say: Callable[[str], None] | None = None
+) -> T:
+    """Build `schema` from its defaults, `--config FILE.yaml` and `key=value` words, in that order.
+
+    A section given a plain name (`env=alfworld`) sets its `name`. `say` hears of every key of
+    another dialect that was translated or has no effect.
+
+    Raises:
+        UsageError: unknown key (with the nearest known one), wrong type, or a value out of range.
+    """
+    from omegaconf import OmegaConf
+
+    tree = OmegaConf.structured(schema)
+    known = dict(config_keys(schema))
+    files, overrides = _split_config_files(words)
+    try:
+        for path in files:
+            for key, value in _flatten(_read_yaml(path)):
+                _set(tree, known, key, value, say)
+        for key, value in _parse(overrides):
+            _set(tree, known, key, value, say)
+        return cast(T, OmegaConf.to_object(tree))
+    except VerlSftError:
+        raise
+    except Exception as error:
+        if not type(error).__module__.startswith(("omegaconf", "hydra")):
+            raise
+        text = str(error).splitlines()[0]
+        raise UsageError(f"the configuration is not valid: {text}") from error
+
+
+def config_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, type | None]]:
+    """Every dotted key of a config tree, with the dataclass behind it if it is a section."""
+    hints = get_type_hints(schema)
+    for item in fields(cast(Any, schema)):
+        key = f"{prefix}{item.name}"
+        hint = hints[item.name]
+        section = hint if is_dataclass(hint) else None
+        yield key, cast("type | None", section)
+        if section is not None:
+            yield from config_keys(cast(type, section), f"{key}.")
+
+
+def _parse(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise UsageError(
+                f"'{word}' is not understood",
+                fix="Write options as key=value; see --help for the keys",
+            )
+        try:
+            override = parser.parse_override(_quoted(word))
+        except HydraException as error:
+            raise UsageError(
+                f"cannot read '{word}': {str(error).splitlines()[0]}",
+                fix="Quote values that hold spaces, commas or brackets: \"key='a, b'\"",
+            ) from error
+        yield override.key_or_group, None if override.is_delete() else override.value()
+
+
+def _quoted(word: str) -> str:
+    """Paths with characters that Hydra's grammar reserves are quoted, as a shell user expects."""
+    key, sign, value = word.partition("=")
+    if not sign or not value or value[0] in "'\"[{$" or "," in value:
+        return word
+    if any(c in value for c in " ()#&~^;?*!<>|@"):
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+        return f"{key}='{escaped}'"
+    return word
+
+
+def _set(
+    tree: Any,
+    known: dict[str, type | None],
+    key: str,
+    value: Any,
+    say: Callable[[str], None] | None,
+) -> None:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    section = known.get(key)
+    if section is not None and isinstance(value, str) and f"{key}.name" in known:
+        key = f"{key}.name"
+    canonical: str | None = key
+    if key not in known or (section is not None and not isinstance(value, dict)):
+        canonical, value, note = translate(key, value)
+        if note and say is not None:
+            say(note)
+    if canonical is None:
+        return
+    parent = canonical.rpartition(".")[0]
+    free_form = parent in known and known[parent] is None
+    if canonical not in known and not free_form:
+        raise _unknown_key(key, known)
+    try:
+        OmegaConf.update(tree, canonical, value, force_add=free_form)
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{key}={value}: {str(error).splitlines()[0]}") from error
+
+
+def _unknown_key(key: str, known: dict[str, type | None]) -> UsageError:
+    names = [k for k, section in known.items() if section is None]
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+    leaf = key.rpartition(".")[2]
+    near += [n for n in names if n.rpartition(".")[2] == leaf and n not in near]
+    hint = f"Did you mean {' or '.join(near[:3])}?" if near else "See --help for all keys"
+    return UsageError(f"unknown key '{key}'", fix=hint)
+
+
+def _split_config_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    files: list[Path] = []
+    rest: list[str] = []
+    pending = iter(words)
+    for word in pending:
+        if word == "--config":
+            name = next(pending, None)
+            if name is None:
+                raise UsageError("--config needs a file name")
+            files.append(Path(name))
+        elif word.startswith("--config="):
+            files.append(Path(word.partition("=")[2]))
+        else:
+            rest.append(word)
+    return files, rest
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    if not path.is_file():
+        raise UsageError("no such configuration file", where=str(path))
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(content, dict):
+        raise UsageError("the file holds no key: value pairs", where=str(path))
+    return cast("dict[str, Any]", content)
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{key}.")
+        else:
+            yield key, value
