@@ -180,16 +180,19 @@ class AppendLog:
             os.fsync(stream.fileno())
 
 
-def read_log(path: Path) -> Iterator[tuple[Any, int]]:
+def read_log(path: Path, *, start: int = 0) -> Iterator[tuple[Any, int]]:
     """Yield `(record, offset behind it)` for every acknowledged record of an `AppendLog`.
+
+    `start` is the byte offset of the record to begin with.
 
     A torn tail (the last line without its LF, or with a wrong digest) ends the iteration.
 
     Raises:
         InputError: a damaged line that is not the last one.
     """
-    offset = 0
+    offset = start
     with path.open("rb") as stream:
+        stream.seek(start)
         for line in stream:
             body = line[_DIGEST_CHARS + 1 : -1]
             digest = hashlib.sha256(body).hexdigest()[:_DIGEST_CHARS].encode()

@@ -1,0 +1,155 @@
+"""One record as one row of columns, and back; the only place that knows how a column is encoded."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from verl_sft.records.schema import COLUMNS, SFTRecord
+from verl_sft.records.text import escape, unescape
+from verl_sft.safe_io import dump_json
+from verl_sft.types import JSON, Message
+
+# Column -> field of SFTRecord, where the names differ.
+_FIELDS = {
+    "prompt_data": "prompt",
+    "response_data": "response",
+    "tools_json": "tools",
+    "meta_json": "meta",
+}
+
+
+def record_to_row(record: SFTRecord) -> JSON:
+    """The record as `{column: value}`, ready for Arrow; floats are rounded to float32.
+
+    Raises:
+        ValueError: JSON parts hold NaN, infinity or values that are not JSON.
+    """
+    row: JSON = {
+        column: _ENCODE[kind](getattr(record, _FIELDS.get(column, column)))
+        for column, kind in COLUMNS.items()
+        if kind in _ENCODE and column != "messages_json"
+    }
+    row["messages"] = [
+        {"role": m.role, "content": escape(message_text(m))} for m in record.messages
+    ]
+    row["messages_json"] = dump_json([m.to_json() for m in record.messages])
+    row["tools_json"] = None if record.tools is None else dump_json(list(record.tools))
+    for column in ("reward_model", "extra_info"):
+        row[column] = dump_json(dict(getattr(record, column)))
+    row["meta_json"] = dump_json(dict(record.meta))
+    return {column: row[column] for column in COLUMNS}
+
+
+def row_to_record(row: Mapping[str, Any], *, source: str = "") -> SFTRecord:
+    """The inverse of `record_to_row`; columns that are not there take their defaults.
+
+    Raises:
+        KeyError: `messages_json` is missing.
+        ValueError: a JSON column does not hold JSON, or a value has the wrong type.
+    """
+    known: JSON = {"source": source}
+    known["messages"] = tuple(Message.from_json(m) for m in load_json(row["messages_json"]))
+    for column in COLUMNS:
+        value = row.get(column)
+        if value is None or column in ("messages", "messages_json"):
+            continue
+        known[_FIELDS.get(column, column)] = _decode(column, value)
+    return SFTRecord(**known)
+
+
+def message_text(message: Message) -> str:
+    """The message as plain text for readers that know only role and content.
+
+    Thoughts stand in `<think>` tags and tool calls as JSON in `<tool_call>` tags, as the common
+    chat templates print them; parts that are not text appear as their type in brackets.
+    """
+    parts: list[str] = []
+    if message.reasoning_content:
+        parts.append(f"<think>\n{message.reasoning_content}\n</think>\n\n")
+    if isinstance(message.content, str):
+        parts.append(message.content)
+    else:
+        parts += [str(p.get("text", f"[{p.get('type')}]")) for p in message.content or ()]
+    for call in message.tool_calls or ():
+        body = call.get("function", call)
+        arguments = body.get("arguments", {})
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        name = json.dumps(body.get("name"))
+        lead = "\n" if "".join(parts) else ""
+        parts.append(f'{lead}<tool_call>\n{{"name": {name}, "arguments": {text}}}\n</tool_call>')
+    return "".join(parts)
+
+
+def load_json(text: Any) -> Any:
+    """Strict JSON: no NaN or infinity.
+
+    Raises:
+        ValueError: not JSON, nested too deeply, or not text.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"expected JSON text, found {type(text).__name__}")
+    try:
+        return json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def float32(value: float) -> float:
+    """`value` as float32 holds it, so that every file format gives back the same number."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _text_struct(value: str | None) -> JSON | None:
+    return None if value is None else {"content": escape(value)}
+
+
+def _float(value: float | None) -> float | None:
+    return None if value is None else float32(value)
+
+
+_ENCODE: dict[str, Callable[[Any], Any]] = {
+    "string": lambda v: escape(v) if isinstance(v, str) else None,
+    "int32": lambda v: v,
+    "int64": lambda v: v,
+    "bool": lambda v: v,
+    "float": _float,
+    "list<int32>": lambda v: None if v is None else list(v),
+    "list<float>": lambda v: None if v is None else [float32(x) for x in v],
+    "struct<content: string>": _text_struct,
+}
+
+
+def _decode(column: str, value: Any) -> Any:
+    if column in ("reward_model", "extra_info", "meta_json"):
+        return _object(value)
+    if column == "tools_json":
+        return tuple(load_json(value))
+    if column in ("supervise", "weights"):
+        return tuple(value)
+    if column in ("prompt_data", "response_data"):
+        content = value["content"] if isinstance(value, Mapping) else value
+        return None if content is None else unescape(content)
+    kind = COLUMNS[column]
+    if kind == "string":
+        return unescape(value)
+    if kind == "float":
+        # pandas turns nulls into NaN; a reward that is not known is None here
+        return None if math.isnan(value) and column == "reward" else float(value)
+    if kind == "bool":
+        return bool(value)
+    return int(value)
+
+
+def _object(text: Any) -> JSON:
+    value = load_json(text)
+    if not isinstance(value, dict):
+        raise ValueError("expected a JSON object")
+    return value
