@@ -104,6 +104,7 @@ class Completion:
 
     A `draft` is formatted by the rollout with the template of the run once the next observation is
     known (the expert's prediction is the true one). `weight` 0 keeps the turn as context only.
+    `error` ends this one episode (a prompt that is too long, say) and leaves its siblings alone.
     """
 
     message: Message | None = None
@@ -112,6 +113,7 @@ class Completion:
     finish_reason: str = "stop"
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

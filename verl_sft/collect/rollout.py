@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from verl_sft.config.collect import CollectConfig, EvaluateConfig
+from verl_sft.config.collect import CollectConfig
 from verl_sft.envs.base import Environment
 from verl_sft.errors import VerlSftError
 from verl_sft.policies.base import Policy, PolicyRequest
@@ -54,7 +54,7 @@ class RolloutSettings:
     batch_size: int = 1
 
     @classmethod
-    def from_config(cls, config: CollectConfig | EvaluateConfig) -> RolloutSettings:
+    def from_config(cls, config: CollectConfig) -> RolloutSettings:
         """The settings that a command's config asks for."""
         return cls(
             env_name=config.env.name,
@@ -66,9 +66,7 @@ class RolloutSettings:
         )
 
 
-def plan_episodes(
-    env: Environment, config: CollectConfig | EvaluateConfig
-) -> tuple[EpisodeSpec, ...]:
+def plan_episodes(env: Environment, config: CollectConfig) -> tuple[EpisodeSpec, ...]:
     """The episodes of a run in their canonical order, a pure function of tasks and config.
 
     Tasks are shuffled by seed and cycled through; the n-th visit of a task is attempt n.
@@ -191,6 +189,9 @@ class _Running:
 
     def step(self, completion: Completion) -> None:
         """Do what the completion says and keep what followed."""
+        if completion.error:
+            self.stop, self.error = StopReason.POLICY_ERROR, completion.error
+            return
         template, admissible = self.settings.prompt, self.observation.admissible_actions
         if completion.draft is not None:
             parsed = ParsedAction(completion.draft.action, completion.draft.action in admissible)

@@ -124,13 +124,22 @@ class CollectConfig:
 
 
 @dataclass
+class EvaluatePromptConfig:
+    """As `PromptConfig`, but by default what the model was trained with."""
+
+    template: str | None = None  # default: the export's, else "default"
+    history: str | None = None  # default: the export's, else windowed
+    history_length: int | None = None  # default: the export's, else 2
+
+
+@dataclass
 class EvaluateConfig:
     """`verl-sft evaluate`."""
 
-    model: str | None = None  # HF folder; its prompt template and history style are the default
+    model: str | None = None  # HF folder
     env: EnvConfig = field(default_factory=lambda: EnvConfig(split="valid_unseen"))
     policy: PolicyConfig = field(default_factory=lambda: PolicyConfig(name="hf"))
-    prompt: PromptConfig = field(default_factory=PromptConfig)
+    prompt: EvaluatePromptConfig = field(default_factory=EvaluatePromptConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     output: str | None = None  # JSON report; default <model>/evaluation_<split>.json
     env_args: dict[str, Any] = field(default_factory=dict)

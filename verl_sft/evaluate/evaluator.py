@@ -1,0 +1,121 @@
+"""Success rate of a model in an environment, through the same rollout as collection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from verl_sft.collect.rollout import EpisodeSpec, RolloutSettings, plan_episodes, play
+from verl_sft.config.collect import CollectConfig, EvaluateConfig, PromptConfig
+from verl_sft.errors import UsageError
+from verl_sft.evaluate.metrics import summarise
+from verl_sft.policies.hf_local import prompt_of_model
+from verl_sft.registry import ENVIRONMENTS, POLICIES, resolve
+from verl_sft.safe_io import make_output_dir, write_json
+from verl_sft.types import JSON, Episode, Step
+
+Progress = Callable[[int, int, int], None]  # episodes played, successes, episodes in all
+
+
+def evaluate(
+    config: EvaluateConfig,
+    *,
+    progress: Progress | None = None,
+    on_step: Callable[[EpisodeSpec, Step], None] | None = None,
+) -> JSON:
+    """Play the episodes and write the report.
+
+    Returns:
+        The report: `overall`, `by_task_type`, `episodes` and the settings it was made with.
+
+    Raises:
+        UsageError: no model, or an output that cannot be written.
+        InputError: no games, or a model that cannot be loaded.
+    """
+    run = as_rollout(config)
+    output = report_path(config)
+    make_output_dir(output.parent)
+    make_env = resolve("environment", run.env.name, ENVIRONMENTS)
+    settings = RolloutSettings.from_config(run)
+    first = make_env(run.env, **run.env_args)
+    specs = plan_episodes(first, run)
+    first.close()
+    policy = resolve("policy", run.policy.name, POLICIES)(run.policy)
+
+    episodes: list[Episode] = []
+    for episode in play(
+        specs,
+        make_env=lambda: make_env(run.env, **run.env_args),
+        policy=policy,
+        settings=settings,
+        on_step=on_step,
+    ):
+        episodes.append(episode)
+        if progress is not None:
+            progress(len(episodes), sum(e.success for e in episodes), len(specs))
+    order = {spec.episode_id: index for index, spec in enumerate(specs)}
+    episodes.sort(key=lambda e: order[e.episode_id])
+    report = {
+        **summarise(episodes),
+        "model": config.model,
+        "env": run.env.name,
+        "split": run.env.split,
+        "policy": run.policy.name,
+        "constrain": run.policy.constrain,
+        "temperature": run.policy.temperature,
+        "prompt_template": settings.prompt.label,
+        "history": str(settings.history_style),
+        "max_steps": settings.max_steps,
+        "seed": run.rollout.seed,
+        "episodes": [
+            {
+                "task_id": e.task_id,
+                "success": e.success,
+                "steps": len(e.steps),
+                "stop_reason": str(e.stop_reason),
+                "invalid_actions": sum(not s.action_valid for s in e.steps),
+            }
+            for e in episodes
+        ],
+    }
+    write_json(output, report)
+    return report
+
+
+def as_rollout(config: EvaluateConfig) -> CollectConfig:
+    """The evaluation as a rollout: the export's own prompt unless the user said otherwise."""
+    model = config.model or config.policy.model
+    trained = prompt_of_model(model) if model else {}
+    asked = config.prompt
+    default = PromptConfig()
+    prompt = PromptConfig(
+        template=asked.template or trained.get("prompt_template") or default.template,
+        history=asked.history or trained.get("history") or default.history,
+        history_length=_first(
+            asked.history_length, trained.get("history_length"), default.history_length
+        ),
+    )
+    return CollectConfig(
+        env=config.env,
+        policy=replace(config.policy, model=model),
+        prompt=prompt,
+        rollout=config.rollout,
+        env_args=config.env_args,
+    )
+
+
+def report_path(config: EvaluateConfig) -> Path:
+    """Where the report goes."""
+    if config.output:
+        return Path(config.output)
+    folder = config.model or config.policy.model
+    if folder is None:
+        if config.policy.name == "hf":
+            raise UsageError("no model is named", fix="Set model=HF_DIR")
+        folder = "."
+    return Path(folder) / f"evaluation_{config.env.split}.json"
+
+
+def _first(*values: int | None) -> int:
+    return next(v for v in values if v is not None)
