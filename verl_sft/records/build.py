@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from verl_sft.prompts.base import PromptTemplate
 from verl_sft.records.schema import SFTRecord
 from verl_sft.safe_io import content_hash
 from verl_sft.types import JSON, Episode, Message, Step
-
-Granularity = Literal["step", "episode"]
 
 
 def episode_rows(episode: Episode, template: PromptTemplate, *, rows: str) -> list[SFTRecord]:
