@@ -1,0 +1,291 @@
+"""A chat template and its tokenizer without transformers: text from messages, ids from text.
+
+`TokenizerSpec` is plain data, so tokenising worker processes start without importing transformers.
+Templates are a stranger's programs: they run in jinja's immutable sandbox with a limit on output
+and time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from functools import cached_property, lru_cache
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from verl_sft.data.sample import Int32Array
+from verl_sft.errors import UsageError
+
+# Private-use characters: never text, untouched by normalisers, refused in contents.
+BREAK = "\U0010f8f0"  # inside a control token's text that must stay text
+_GENERATION = ("\U0010f8f1", "\U0010f8f2")  # around {% generation %} blocks
+_ALIAS = ("\U0010f8f3", "\U0010f8f4")
+RESERVED = re.compile("[\U0010f8f0-\U0010f8f4]")
+
+_MAX_OUTPUT_CHARS = 50_000_000
+_MAX_SECONDS = 30.0
+_PROBE = "Zq7vKx"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSpec:
+    """What of a tokenizer rendering needs.
+
+    `template_name` says where the chat template comes from; `today` (ISO date) is what
+    `strftime_now` shows, fixed so that equal data gives equal tokens.
+    """
+
+    backend_json: str
+    chat_template: str
+    template_name: str
+    special_tokens: Mapping[str, str]
+    today: str = "2024-07-26"
+
+
+@dataclass(frozen=True, slots=True)
+class RenderedText:
+    """The template's output and the character ranges of its `{% generation %}` blocks."""
+
+    text: str
+    generation: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Token ids (int32 [T]) and the half-open character range of each (int64 [T])."""
+
+    ids: Int32Array
+    starts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]
+
+
+class TemplateFailure(Exception):
+    """The template refused the conversation, failed on it, or ran out of its limits."""
+
+
+class ChatTemplate:
+    """Renders and encodes; pure after construction."""
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self.spec = spec
+        try:
+            self._template = _environment(spec.today).from_string(spec.chat_template)
+        except jinja2.TemplateSyntaxError as error:
+            raise UsageError(
+                f"the chat template is not valid jinja: {error.message}",
+                where=f"{spec.template_name}:{error.lineno}",
+            ) from error
+        backend = json.loads(spec.backend_json)
+        # Post-processors add tokens and trim offsets; here text and offsets must be the template's.
+        backend.update(post_processor=None, truncation=None, padding=None)
+        self._backend_dict = backend
+        self._backend = Tokenizer.from_str(json.dumps(backend))
+        self.added: dict[str, int] = {t["content"]: t["id"] for t in backend["added_tokens"]}
+        self.is_added = np.zeros(
+            self._backend.get_vocab_size() + 1 + max(self.added.values(), default=0), dtype=bool
+        )
+        self.is_added[list(self.added.values())] = True
+        special = {t["content"] for t in backend["added_tokens"] if t["special"]}
+        spelled = {t for t in self.added if t in spec.chat_template and re.search(r"\w", t)}
+        self.special = special
+        self.control = special | {t for t in spelled if len(t) > 1 and not t.isalnum()}
+        self.added_pattern = any_of(t for t in self.added if t.strip())
+        self.encode_short = lru_cache(maxsize=4096)(self._encode_ids)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        template_kwargs: Mapping[str, Any],
+    ) -> RenderedText:
+        """Run the template.
+
+        Raises:
+            TemplateFailure: with the template's own message.
+        """
+        values = {**self.spec.special_tokens, **template_kwargs}
+        values.update(messages=messages, tools=tools or None, documents=None)
+        values["add_generation_prompt"] = add_generation_prompt
+        pieces, size, stop = [], 0, time.monotonic() + _MAX_SECONDS
+        try:
+            for piece in self._template.generate(values):
+                pieces.append(piece)
+                size += len(piece)
+                if size > _MAX_OUTPUT_CHARS or time.monotonic() > stop:
+                    raise TemplateFailure("the chat template ran out of its limits")
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise TemplateFailure(str(error) or type(error).__name__) from error
+        except (IndexError, ArithmeticError, RecursionError, MemoryError) as error:
+            raise TemplateFailure(f"{type(error).__name__}: {error}") from error
+        return _strip_generation("".join(pieces))
+
+    def encode(self, text: str) -> Encoding:
+        """Tokenise a rendered text; control tokens broken by `BREAK` are encoded as plain text.
+
+        Raises:
+            UnicodeError: the text holds a lone surrogate.
+        """
+        if BREAK not in text:
+            found = self._backend.encode(text, add_special_tokens=False)
+            offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+            return Encoding(np.array(found.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
+        # Real control tokens take private names, so that the spelled ones mean nothing.
+        aliased, places = self._alias_text(text)
+        found = self._aliased.encode(aliased, add_special_tokens=False)
+        offsets = places[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
+        return Encoding(np.array(found.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
+
+    def _encode_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.encode(text).ids.tolist())
+
+    @cached_property
+    def string_content(self) -> bool:
+        """Whether the template prints text contents (else it wants lists of content parts)."""
+        return _PROBE in self._probe(_PROBE)
+
+    @cached_property
+    def stop_text(self) -> str | None:
+        """The control token that the template prints right after an answer (None: no token)."""
+        content: Any = _PROBE if self.string_content else [{"type": "text", "text": _PROBE}]
+        _, found, tail = self._probe(content).rpartition(_PROBE)
+        if not found:
+            raise UsageError(
+                "the chat template does not print the content of messages",
+                where=self.spec.template_name,
+            )
+        match = self.added_pattern.search(tail)
+        return match.group() if match else None
+
+    def _probe(self, content: Any) -> str:
+        question: Any = "a" if isinstance(content, str) else [{"type": "text", "text": "a"}]
+        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+        try:
+            return self.render(
+                chat, tools=None, add_generation_prompt=False, template_kwargs={}
+            ).text
+        except TemplateFailure:
+            return ""
+
+    def _alias_text(self, text: str) -> tuple[str, npt.NDArray[np.int64]]:
+        """The text with aliases and without breaks, and the place in `text` of each character."""
+        pieces: list[str] = []
+        places: list[npt.NDArray[np.int64]] = []
+
+        def add(piece: str, at: npt.NDArray[np.int64]) -> None:
+            pieces.append(piece)
+            places.append(at)
+
+        names = self._alias_names
+        at = 0
+        for match in re.finditer(f"{BREAK}|{self._all_added.pattern}", text):
+            start, end = match.span()
+            add(text[at:start], np.arange(at, start))
+            at = end
+            if match.group() != BREAK:
+                name = names[match.group()]
+                inside = np.full(len(name), start)
+                add(name, inside)
+        add(text[at:], np.arange(at, len(text)))
+        places.append(np.array([len(text)]))
+        return "".join(pieces), np.concatenate(places).astype(np.int64)
+
+    @cached_property
+    def _all_added(self) -> re.Pattern[str]:
+        return any_of(self.added)
+
+    @cached_property
+    def _alias_names(self) -> dict[str, str]:
+        return {t: f"{_ALIAS[0]}{chr(0x100000 + i)}{_ALIAS[1]}" for i, t in enumerate(self.added)}
+
+    @cached_property
+    def _aliased(self) -> Tokenizer:
+        names = self._alias_names
+        backend = json.loads(json.dumps(self._backend_dict))
+        for token in backend["added_tokens"]:
+            token["content"] = names[token["content"]]
+        model = backend["model"]
+        vocab = model["vocab"]
+        if isinstance(vocab, dict):
+            model["vocab"] = {names.get(t, t): i for t, i in vocab.items()}
+        else:
+            model["vocab"] = [[names.get(t, t), score] for t, score in vocab]
+        if model.get("unk_token") in names:
+            model["unk_token"] = names[model["unk_token"]]
+        aliased = Tokenizer.from_str(json.dumps(backend))
+        for token, name in names.items():
+            if aliased.token_to_id(name) != self.added[token]:
+                raise UsageError(
+                    f"control tokens in contents cannot be escaped with this tokenizer ({token!r})",
+                    fix="Set data.special_tokens_in_content=error or allow",
+                )
+        return aliased
+
+
+def any_of(tokens: Any) -> re.Pattern[str]:
+    """A pattern that matches any of the given strings, the longest first."""
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _strip_generation(text: str) -> RenderedText:
+    if _GENERATION[0] not in text:
+        return RenderedText(text)
+    pieces: list[str] = []
+    spans: list[tuple[int, int]] = []
+    size, opened = 0, 0
+    for piece in re.split(f"([{_GENERATION[0]}{_GENERATION[1]}])", text):
+        if piece == _GENERATION[0]:
+            opened = size
+        elif piece == _GENERATION[1]:
+            spans.append((opened, size))
+        else:
+            pieces.append(piece)
+            size += len(piece)
+    return RenderedText("".join(pieces), tuple(spans))
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}`: the template's own claim of what is learned."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja's own attribute)
+
+    def parse(self, parser: Any) -> Any:
+        """Wrap the block's output in marks; positions would not survive captures and macros."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("_wrap", [])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _wrap(self, caller: Any) -> str:
+        return f"{_GENERATION[0]}{caller()}{_GENERATION[1]}"
+
+
+def _environment(today: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    day = datetime.combine(date.fromisoformat(today), datetime.min.time())
+
+    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        # jinja's own filter escapes HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    def raise_exception(message: str) -> Iterator[str]:
+        raise jinja2.TemplateError(message)
+
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = day.strftime
+    return environment
