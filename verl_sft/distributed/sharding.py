@@ -1,0 +1,97 @@
+"""FSDP2 on every device: one unit per decoder layer, the rest with the root."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy
+from torch.distributed.fsdp import fully_shard as _fully_shard
+from torch.distributed.tensor import DTensor
+
+from verl_sft.distributed.setup import World
+
+
+def compute_dtype(wanted: str, *, device: torch.device) -> torch.dtype:
+    """`engine.dtype`; `auto` is bf16 where the device multiplies it in hardware, else fp32."""
+    if wanted == "auto":
+        wanted = "bf16" if _fast_bf16(device) else "fp32"
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def _fast_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def shard(
+    model: nn.Module,
+    *,
+    layers: Sequence[nn.Module],
+    world: World,
+    dtype: torch.dtype,
+    reshard_after_forward: bool = True,
+    offload: bool = False,
+) -> Any:
+    """Shard `model` in place over the ranks; its gradients become plain sums over all ranks.
+
+    Parameters keep their dtype, computation uses `dtype`, gradients are reduced in float32.
+
+    Returns:
+        `model`, now also an `FSDPModule`.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
+    )
+    offloading = CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy()
+    options: dict[str, Any] = {
+        "mesh": world.mesh,
+        "mp_policy": policy,
+        "offload_policy": offloading,
+    }
+    if world.device.type == "cuda" and not offload:
+        model.to(world.device)
+    for layer in layers:
+        _fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    # Loss weights enter at the root; they must stay float32.
+    options["mp_policy"] = replace(policy, cast_forward_inputs=False)
+    root: Any = _fully_shard(model, reshard_after_forward=False, **options)
+    # The loss is already divided by the global weight: a mean over ranks would be wrong.
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def reshard(model: nn.Module) -> None:
+    """Put parameters back to their shards after a forward pass that had no backward.
+
+    Until then `parameters()` gives the gathered copies, which neither optimizer nor checkpoint
+    knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; a plain tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def rows_of(rank: int, *, size: int, rows: int) -> tuple[int, int]:
+    """Half-open range of the first dimension that `rank` of `size` holds (torch.chunk's rule)."""
+    step = -(-rows // size)
+    return min(rows, rank * step), min(rows, (rank + 1) * step)
+
+
+def gather_full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole tensor on the CPU; every rank must call it."""
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().cpu()

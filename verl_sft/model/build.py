@@ -1,0 +1,193 @@
+"""From a config to a model ready for sharding, its tokenizer, and the probe that proves both."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from verl_sft.config.train import ModelConfig
+from verl_sft.errors import UsageError
+from verl_sft.model.lora import add_lora, wants_lora
+from verl_sft.model.loss import LossModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_SAMPLED_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class BuiltModel:
+    """`loss_model` computes and is sharded; `peft` is the adapter's view of it, or None."""
+
+    loss_model: LossModel
+    peft: Any | None
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model inside."""
+        return self.loss_model.causal
+
+
+def model_path(config: ModelConfig) -> str:
+    """`model.partial_pretrain`, checked as far as it can be without loading.
+
+    Raises:
+        UsageError: not given, or a path that is not a model folder.
+    """
+    path = config.partial_pretrain
+    if not path:
+        raise UsageError(
+            "no model given",
+            where="model.partial_pretrain",
+            fix="Give an HF folder or hub name, or make a small one with verl-sft make-model",
+        )
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError("no config.json there", where=f"model.partial_pretrain={path}")
+        return str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise UsageError("no such folder", where=f"model.partial_pretrain={path}")
+    return path
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer of the model, with its chat template."""
+    from transformers import AutoTokenizer
+
+    path = model_path(config)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error) from error
+
+
+def load_causal(
+    config: ModelConfig, *, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
+) -> Any:
+    """The transformers model with weights in `dtype`, in training mode, on the CPU.
+
+    Raises:
+        UsageError: it cannot be found or loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = model_path(config)
+    torch.manual_seed(seed)  # heads that the checkpoint lacks must be the same on every rank
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise _cannot_load(path, error) from error
+    model.config.use_cache = False
+    return model.train()
+
+
+def build_model(
+    config: ModelConfig, *, dtype: torch.dtype, attention: str, seed: int
+) -> BuiltModel:
+    """Load the model, add adapters and recomputation where wanted, wrap it in its loss."""
+    causal = load_causal(config, dtype=dtype, attention=attention, seed=seed)
+    peft = None
+    if wants_lora(config):
+        torch.manual_seed(seed)
+        peft = add_lora(causal, config=config)
+    if config.enable_gradient_checkpointing:
+        causal.gradient_checkpointing_enable({"use_reentrant": False})
+    loss_model = LossModel(causal)
+    loss_model.train()
+    if dtype is torch.bfloat16:
+        for parameter in loss_model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    return BuiltModel(loss_model, peft)
+
+
+def decoder_layers(causal: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of the model, one unit of sharding each."""
+    names = set(getattr(causal, "_no_split_modules", None) or ())
+    layers = [m for m in causal.modules() if type(m).__name__ in names]
+    if layers:
+        return layers
+    lists = [m for m in causal.modules() if isinstance(m, nn.ModuleList)]
+    return list(max(lists, key=len)) if lists else []
+
+
+def model_fingerprint(config: ModelConfig) -> str:
+    """A hash of the base model's files: configuration, sizes, headers and samples of the weights.
+
+    It detects another model, not a forged one.
+    """
+    folder = Path(model_path(config))
+    if not folder.is_dir():
+        return str(folder)
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as stream:
+            for start in sorted({0, size // 2, max(0, size - _SAMPLED_BYTES)}):
+                stream.seek(start)
+                digest.update(stream.read(_SAMPLED_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def probe_packing(model: LossModel, *, device: torch.device, half: bool, vocab_size: int) -> float:
+    """Prove on the real model that packed documents do not see each other.
+
+    Returns:
+        The largest difference between packed logits and those of each document alone, computed by
+        the model's own forward, in units of the logits' standard deviation.
+
+    Raises:
+        UsageError: they differ by more than rounding explains.
+    """
+    lengths = (7, 5, 9)
+    ids = torch.arange(sum(lengths), device=device).mul(2654435761).remainder(vocab_size)
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        packed = model(ids[None], positions[None], bounds, max(lengths), mode="logits")
+        alone = torch.cat(
+            [
+                model(part[None], torch.arange(len(part), device=device)[None], bounds, 0,
+                      mode="reference")
+                for part in ids.split(lengths)
+            ]
+        )  # fmt: skip
+    model.train(training)
+    difference = float((packed.float() - alone.float()).abs().max() / alone.float().std())
+    if not difference < (0.2 if half else 1e-3):
+        raise UsageError(
+            f"packed documents do not give the logits that they give alone ({difference:.3g} "
+            "standard deviations apart)",
+            why="This model ignores document boundaries, so training on packed rows would be wrong",
+            fix="Use model.attn_implementation=sdpa or eager",
+        )
+    return difference
+
+
+def read_model_config(config: ModelConfig) -> dict[str, Any]:
+    """`config.json` of a local model folder, or nothing."""
+    path = Path(model_path(config)) / "config.json"
+    loaded: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return loaded
+
+
+def _cannot_load(path: str, error: Exception) -> UsageError:
+    return UsageError(
+        f"cannot load the model: {str(error).strip().splitlines()[0]}",
+        where=f"model.partial_pretrain={path}",
+        fix="Give a folder with config.json, tokenizer and *.safetensors, or a hub name when online",
+    )

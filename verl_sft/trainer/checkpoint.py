@@ -1,0 +1,228 @@
+"""Checkpoints that are complete or not there: `global_step_N/`, safetensors and JSON, no pickle.
+
+    global_step_12/
+      manifest.json                 step, epoch, fingerprints, and sha256 + size of each file
+      shard_00000_of_00002.safetensors   rank 0's rows of each tensor, optimizer, RNG
+      shard_00001_of_00002.safetensors
+
+Sharding cuts the first dimension, so any number of ranks can read the rows it needs. The directory
+decides; `latest_checkpointed_iteration.txt` is for people and scripts.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from verl_sft import safe_io
+from verl_sft.distributed.reduce import from_main, gather_json, together
+from verl_sft.distributed.setup import World
+from verl_sft.errors import StorageError, UsageError
+from verl_sft.trainer.state import TrainState, read_shards, write_shard
+
+MANIFEST = "manifest.json"
+LATEST = "latest_checkpointed_iteration.txt"
+FORMAT = 1
+_STEP_DIR = re.compile(r"global_step_(\d+)")
+
+
+@dataclass(frozen=True)
+class TrainProgress:
+    """With the pure plan, all of the resume state beside tensors."""
+
+    step: int = 0  # optimizer steps done
+    epoch: int = 0  # epoch of the next step
+    epoch_step: int = 0  # index of the next step in its epoch
+    tokens: int = 0  # tokens read so far
+
+
+def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
+    """`(step, path)` of everything that looks like a checkpoint, newest first."""
+    found = []
+    for path in directory.glob("global_step_*"):
+        match = _STEP_DIR.fullmatch(path.name)
+        if match and path.is_dir() and (path / MANIFEST).is_file():
+            found.append((int(match[1]), path))
+    return sorted(found, reverse=True)
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every byte of a checkpoint against its manifest, before any tensor is read.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        StorageError: a file is missing, foreign or damaged; it is named.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text("utf-8"))
+        body = {k: v for k, v in manifest.items() if k != "digest"}
+        if manifest["digest"] != safe_io.content_hash(body) or manifest["format"] != FORMAT:
+            raise ValueError("its digest does not match")
+        files: dict[str, dict[str, Any]] = manifest["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(path / MANIFEST, f"the manifest cannot be used: {error}") from error
+    present = {p.name for p in path.iterdir() if p.name != MANIFEST and p.name != "huggingface"}
+    for name in sorted(present ^ set(files)):
+        raise _damaged(path / name, "foreign file" if name in present else "file is missing")
+    for name, facts in files.items():
+        file = path / name
+        if file.stat().st_size != facts["size"] or safe_io.file_sha256(file) != facts["sha256"]:
+            raise _damaged(file, "its bytes do not match the manifest")
+    return manifest
+
+
+def find_resume(directory: Path, *, say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that verifies, or None where there is none at all.
+
+    Raises:
+        StorageError: there are checkpoints and all are damaged; starting anew would hide that.
+    """
+    found = list_checkpoints(directory)
+    problem: StorageError | None = None
+    for _, path in found:
+        try:
+            return path, verify(path)
+        except StorageError as error:
+            say(f"DAMAGED CHECKPOINT, not used: {error}")
+            problem = problem or error
+    if problem is not None:
+        raise problem
+    return None
+
+
+def check_fingerprint(saved: Mapping[str, Any], *, current: Mapping[str, Any], where: Path) -> None:
+    """Refuse to go on from a checkpoint of another run, naming each field that differs.
+
+    Raises:
+        UsageError: some field differs.
+    """
+    names = sorted(set(saved) | set(current))
+    changed = [
+        f"{name}: {saved.get(name)!r} then, {current.get(name)!r} now"
+        for name in names
+        if saved.get(name) != current.get(name)
+    ]
+    if changed:
+        raise UsageError(
+            "the run was started with other settings or data: " + "; ".join(changed),
+            where=str(where),
+            why="Going on would not give the result of either run",
+            fix="Restore them, use another trainer.default_local_dir, or "
+            "trainer.resume_mode=disable after moving the old checkpoints away",
+        )
+
+
+def save(
+    directory: Path,
+    *,
+    state: TrainState,
+    progress: TrainProgress,
+    fingerprint: Mapping[str, Any],
+    world: World,
+    keep: int | None = None,
+) -> Path:
+    """Write `global_step_N/` from all ranks; it appears complete or not at all.
+
+    Raises:
+        StorageError: on every rank, if any rank could not write.
+    """
+    final = directory / f"global_step_{progress.step}"
+    temporary = directory / f".tmp-{final.name}.{from_main(uuid.uuid4().hex[:8], world=world)}"
+    facts: dict[str, Any] = {}
+    try:
+        with together(world), _writing(temporary):
+            temporary.mkdir(exist_ok=True)
+            name = f"shard_{world.rank:05d}_of_{world.size:05d}.safetensors"
+            write_shard(temporary / name, state=state)
+            safe_io.fsync_path(temporary / name)
+            size = (temporary / name).stat().st_size
+            facts = {"name": name, "size": size, "sha256": safe_io.file_sha256(temporary / name)}
+        files = gather_json(facts, world=world)
+        with together(world), _writing(final):
+            if world.is_main:
+                manifest = {
+                    "format": FORMAT,
+                    "progress": asdict(progress),
+                    "world_size": world.size,
+                    "fingerprint": dict(fingerprint),
+                    "tensors": state.describe(),
+                    "files": {f.pop("name"): f for f in files},
+                }
+                manifest["digest"] = safe_io.content_hash(manifest)
+                safe_io.write_json(temporary / MANIFEST, manifest)
+                _publish(temporary, final)
+                safe_io.write_text(directory / LATEST, f"{progress.step}\n")
+                _retire(directory, keep=keep, newest=final)
+    finally:
+        if world.is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def load(
+    path: Path, *, manifest: Mapping[str, Any], state: TrainState, world: World
+) -> TrainProgress:
+    """Fill `state` from a verified checkpoint, written by any number of ranks."""
+    with together(world):
+        names = [path / name for name in sorted(manifest["files"])]
+        read_shards(names, tensors=manifest["tensors"], state=state, world=world)
+    return TrainProgress(**manifest["progress"])
+
+
+def clean_leftovers(directory: Path) -> None:
+    """Remove what a killed save left behind; call it only while holding the run lock."""
+    for path in directory.glob(".tmp-global_step_*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    if final.exists():  # a damaged or superseded one of the same step
+        aside = final.with_name(f".tmp-{final.name}.old-{uuid.uuid4().hex[:8]}")
+        final.rename(aside)
+        safe_io.publish_dir(temporary, final)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        safe_io.publish_dir(temporary, final)
+
+
+def _retire(directory: Path, *, keep: int | None, newest: Path) -> None:
+    """Delete all but the `keep` newest whole checkpoints; the disk knows them, not this process."""
+    if keep is None or keep < 1:
+        return
+    older = [path for _, path in list_checkpoints(directory) if path != newest]
+    for path in older[keep - 1 :]:
+        hidden = path.with_name(f".tmp-{path.name}.old-{uuid.uuid4().hex[:8]}")
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+class _writing:
+    """Turn what the disk, or safetensors on its behalf, reports into a `StorageError`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, StorageError) or error is None:
+            return
+        if isinstance(error, OSError):
+            raise safe_io.storage_error(error, self.path) from error
+        if type(error).__name__ == "SafetensorError":
+            raise StorageError(f"cannot write: {error}", where=str(self.path)) from error
+
+
+def _damaged(path: Path, what: str) -> StorageError:
+    return StorageError(
+        what, where=str(path), fix="Restore it from a backup, or delete the whole checkpoint"
+    )

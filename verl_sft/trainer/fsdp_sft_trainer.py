@@ -1,0 +1,287 @@
+"""`torchrun -m verl_sft.trainer.fsdp_sft_trainer key=value ...`: one rank of a training run."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from verl_sft import safe_io
+from verl_sft.config.load import load_config
+from verl_sft.config.train import TrainConfig
+from verl_sft.distributed.reduce import together
+from verl_sft.distributed.setup import World, die_with_parent, setup_world
+from verl_sft.distributed.sharding import compute_dtype, reshard, shard
+from verl_sft.errors import OutOfMemoryError, PeerLostError, Preempted, UsageError, VerlSftError
+from verl_sft.export.hf import export_hf
+from verl_sft.model.attention import pick_attention
+from verl_sft.model.build import (
+    DTYPES,
+    build_model,
+    decoder_layers,
+    load_tokenizer,
+    model_path,
+    probe_packing,
+)
+from verl_sft.trainer import checkpoint
+from verl_sft.trainer.checkpoint import TrainProgress
+from verl_sft.trainer.inputs import (
+    Inputs,
+    check_options,
+    fingerprint,
+    load_inputs,
+    provenance,
+)
+from verl_sft.trainer.optim import make_optimizer
+from verl_sft.trainer.sft_trainer import SFTTrainer
+from verl_sft.trainer.state import TrainState
+from verl_sft.trainer.status import write_status
+from verl_sft.trainer.tracking import Tracker, plot_loss
+
+EXPORT_DIR = "huggingface"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one rank; returns the exit code and leaves `status.json`."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    is_main = os.environ.get("RANK", "0") == "0"
+    owned: list[Path] = []  # the run directory, once this run holds it
+    try:
+        die_with_parent()
+        config = load_config(TrainConfig, words, say=print if is_main else None)
+        with ExitStack() as stack:
+            run(config, world=setup_world(config.trainer.device), stack=stack, owned=owned)
+        return 0
+    except KeyboardInterrupt:
+        return _ended(owned, code=130, message="stopped by Ctrl-C", speak=is_main)
+    except Exception as error:
+        known = as_user_error(error)
+        if known is None:
+            traceback.print_exc()
+            return _ended(owned, code=1, message=f"{type(error).__name__}: {error}", speak=False)
+        # A broken connection is told by everyone who sees it, unless the cause is told already.
+        alone = isinstance(known, PeerLostError | OutOfMemoryError)
+        return _ended(owned, code=known.exit_code, message=str(known), speak=is_main or alone)
+
+
+def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path]) -> None:
+    """Check, load, train, export; errors that a user can mend are the same on every rank."""
+    directory = Path(config.trainer.default_local_dir).expanduser()
+
+    def say(text: str) -> None:
+        if world.is_main:
+            print(text, flush=True)
+
+    with together(world):
+        check_options(config, world_size=world.size)
+        model_path(config.model)
+        if world.is_main:
+            safe_io.make_output_dir(directory)
+            stack.enter_context(safe_io.run_lock(directory))
+            owned.append(directory)
+            checkpoint.clean_leftovers(directory)
+            write_status(directory, state="running", code=None)
+    with together(world):
+        tokenizer = load_tokenizer(config.model)
+    inputs = load_inputs(config, tokenizer=tokenizer, directory=directory, world=world, say=say)
+    marks = fingerprint(config, inputs=inputs)
+    with together(world):
+        found = find_start(config, directory=directory, marks=marks, say=say)
+    out = directory / EXPORT_DIR
+    start = TrainProgress(**found[1]["progress"]) if found else TrainProgress()
+    done = start.step >= inputs.plan.total_steps
+    if done and (not config.trainer.export or (out / "manifest.json").is_file()):
+        say(f"the run is finished ({start.step} steps): nothing to do")
+        _done(world, directory, start)
+        return
+    trainer, loss_model = assemble(
+        config, world=world, inputs=inputs, directory=directory, marks=marks, pad_id=_pad(tokenizer)
+    )
+    if found:
+        state = TrainState(loss_model, trainer.optimizer)
+        trainer.resume(checkpoint.load(found[0], manifest=found[1], state=state, world=world))
+        say(f"going on from {found[0].name}")
+    if world.is_main:
+        safe_io.write_json(directory / "train_config.json", asdict(config))
+        trainer.tracker = Tracker(
+            directory,
+            loggers=config.trainer.logger,
+            start_step=start.step,
+            total_steps=inputs.plan.total_steps,
+        )
+    trainer.stop_on_signals()
+    progress = trainer.fit()
+    if trainer.tracker:
+        trainer.tracker.close()
+        note = plot_loss(directory)
+        if note:
+            say(note)
+    if config.trainer.export:
+        facts = provenance(config, files=inputs.train_files)
+        export_hf(
+            out, model=loss_model, config=config, tokenizer=tokenizer, provenance=facts, world=world
+        )
+        say(f"exported to {out}")
+    _done(world, directory, progress)
+
+
+def assemble(
+    config: TrainConfig,
+    *,
+    world: World,
+    inputs: Inputs,
+    directory: Path,
+    marks: dict[str, Any],
+    pad_id: int,
+) -> tuple[SFTTrainer, Any]:
+    """Load, probe and shard the model, and put the trainer together."""
+    dtype = compute_dtype(config.engine.dtype, device=world.device)
+    half = dtype is torch.bfloat16
+    if config.engine.model_dtype == "bf16" and world.is_main:
+        print("engine.model_dtype=bf16: small updates are lost to rounding; fp32 is the default")
+    with together(world):
+        attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
+        built = build_model(
+            config.model,
+            dtype=DTYPES[config.engine.model_dtype],
+            attention=attention,
+            seed=config.trainer.seed,
+        )
+        vocabulary = int(built.causal.config.vocab_size)
+        check_vocabulary(inputs, vocabulary=vocabulary)
+    model = shard(
+        built.loss_model,
+        layers=decoder_layers(built.causal),
+        world=world,
+        dtype=dtype,
+        reshard_after_forward=config.engine.reshard_after_forward,
+        offload=config.engine.offload,
+    )
+    apart = probe_packing(model, device=world.device, half=half, vocab_size=vocabulary)
+    reshard(model)
+    if world.is_main:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        print(
+            f"{total:,} parameters, {trained:,} trained; compute {str(dtype)[6:]}, attention "
+            f"{attention}; packed equals alone within {apart:.1e}",
+            flush=True,
+        )
+    trainer = SFTTrainer(
+        config,
+        world=world,
+        model=model,
+        optimizer=make_optimizer(model, config=config.optim),
+        plan=inputs.plan,
+        train_data=inputs.train,
+        val_data=inputs.val,
+        pad_id=pad_id,
+        fingerprint=marks,
+        directory=directory,
+    )
+    return trainer, model
+
+
+def find_start(
+    config: TrainConfig, *, directory: Path, marks: dict[str, Any], say: Any
+) -> tuple[Path, dict[str, Any]] | None:
+    """The verified checkpoint to go on from, or None for a fresh run.
+
+    Raises:
+        UsageError: the wanted one is not there, or it belongs to a run with other settings.
+        StorageError: all checkpoints are damaged.
+    """
+    mode = config.trainer.resume_mode
+    if mode == "resume_path":
+        path = Path(str(config.trainer.resume_from_path)).expanduser()
+        if not path.is_dir():
+            near = sorted(str(p) for _, p in checkpoint.list_checkpoints(path.parent))
+            raise UsageError(
+                "no such checkpoint",
+                where=f"trainer.resume_from_path={path}",
+                fix=f"There are: {', '.join(near)}" if near else "Give a global_step_N folder",
+            )
+        found: tuple[Path, dict[str, Any]] | None = (path, checkpoint.verify(path))
+    elif mode == "disable":
+        if checkpoint.list_checkpoints(directory):
+            raise UsageError(
+                "there are checkpoints of an earlier run",
+                where=str(directory),
+                why="trainer.resume_mode=disable starts anew and would mix the two runs",
+                fix="Choose another trainer.default_local_dir, or move them away",
+            )
+        found = None
+    else:
+        found = checkpoint.find_resume(directory, say=say)
+    if found is not None:
+        checkpoint.check_fingerprint(found[1]["fingerprint"], current=marks, where=found[0])
+    return found
+
+
+def check_vocabulary(inputs: Inputs, *, vocabulary: int) -> None:
+    """Raise if the tokenizer gives ids that the model has no embedding for."""
+    highest = int(inputs.train.max_token_id)
+    if highest >= vocabulary:
+        raise UsageError(
+            f"the data holds token id {highest}, the model knows {vocabulary} ids",
+            fix="Use the tokenizer that belongs to the model",
+        )
+
+
+def as_user_error(error: Exception) -> VerlSftError | None:
+    """What a user can act on: our own errors, lack of memory, a lost peer; else None."""
+    if isinstance(error, VerlSftError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return OutOfMemoryError(
+            f"out of memory: {text.splitlines()[0] if text else ''}",
+            fix="Lower data.max_token_len_per_gpu, set model.enable_gradient_checkpointing=true, "
+            "or use more ranks",
+        )
+    lost = ("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
+    if isinstance(error, dist.DistError) or any(part in text for part in lost):
+        return PeerLostError(f"another rank is gone: {text.splitlines()[0]}")
+    return None
+
+
+def _pad(tokenizer: Any) -> int:
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+
+
+def _done(world: World, directory: Path, progress: TrainProgress) -> None:
+    if world.is_main:
+        write_status(directory, state="done", code=0, step=progress.step)
+
+
+def _ended(owned: list[Path], *, code: int, message: str, speak: bool) -> int:
+    """Tell and record the end of a run that did not finish."""
+    if speak:
+        print(f"verl-sft: {message}", file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0" or code in (1, OutOfMemoryError.exit_code):
+        state = "preempted" if code == Preempted.exit_code else "failed"
+        write_status(owned[0] if owned else None, state=state, code=code, message=message)
+    return code
+
+
+def leave(code: int) -> None:
+    """End the process now: destructors of process groups fail runs that had succeeded."""
+    if code == 0 and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+    leave(main())

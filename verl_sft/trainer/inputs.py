@@ -1,0 +1,186 @@
+"""Everything that can be checked before a model is loaded: options, data, and the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from verl_sft.config.train import TrainConfig
+from verl_sft.data.load import SampleStore, load_samples
+from verl_sft.data.plan import EpochPlan, plan_epoch, validation_plan
+from verl_sft.distributed.reduce import main_first
+from verl_sft.distributed.setup import World
+from verl_sft.errors import InputError, UsageError
+from verl_sft.model.build import model_fingerprint
+from verl_sft.records.io import resolve_files
+from verl_sft.trainer.sft_trainer import RunPlan
+
+_TEMPLATE_COLUMN = "prompt_template"
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Samples of both splits and the plan over them."""
+
+    train: SampleStore
+    val: SampleStore | None
+    train_files: list[Path]
+    plan: RunPlan
+
+
+def check_options(config: TrainConfig, *, world_size: int) -> None:
+    """Refuse settings that would otherwise be ignored, or that cannot work together.
+
+    Raises:
+        UsageError: naming the key.
+    """
+    refused = {
+        "ulysses_sequence_parallel_size": config.ulysses_sequence_parallel_size != 1,
+        "model.use_liger": config.model.use_liger,
+        "engine.fsdp_size": config.engine.fsdp_size not in (-1, world_size),
+        "trainer.nan_policy": config.trainer.nan_policy != "stop",
+    }
+    for key, wrong in refused.items():
+        if wrong:
+            raise UsageError(f"{key}: this value is not supported", fix="Leave it at its default")
+    budget, longest = config.data.token_budget, config.data.max_length
+    if budget < longest:
+        raise UsageError(
+            f"data.max_token_len_per_gpu={budget} is smaller than data.max_length={longest}",
+            why="A sample of that length would fit into no micro-batch",
+            fix=f"Use data.max_token_len_per_gpu={longest} or more",
+        )
+    if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
+        raise UsageError(
+            "trainer.resume_mode=resume_path needs trainer.resume_from_path",
+            fix="Give the path of a global_step_N folder",
+        )
+
+
+def load_inputs(
+    config: TrainConfig,
+    *,
+    tokenizer: Any,
+    directory: Path,
+    world: World,
+    say: Callable[[str], None],
+) -> Inputs:
+    """Tokenise both splits (rank 0 first, the others read its cache) and plan the run.
+
+    Raises:
+        InputError: no usable row, or a sample that fits into no micro-batch.
+    """
+    data = config.data
+    if data.train_files is None:
+        raise UsageError(
+            "no training data given",
+            where="data.train_files",
+            fix="Give an sft_data directory, parquet files, or a list of them",
+        )
+    cache = Path(data.cache_dir) if data.cache_dir else directory / "token_cache"
+
+    def read(files: list[Path], limit: int) -> SampleStore:
+        return load_samples(
+            files,
+            tokenizer=tokenizer,
+            config=data,
+            cache_dir=cache,
+            num_workers=data.num_workers,
+            max_samples=limit,
+        )
+
+    train_files = resolve_files(data.train_files, split="train")
+    train = main_first(lambda: read(train_files, data.train_max_samples), world=world)
+    if not len(train.lengths):
+        raise InputError("no row of the training data can be used", where=str(train_files[0]))
+    val_files = _val_files(data.val_files, data.train_files)
+    val = None
+    if val_files:
+        val = main_first(lambda: read(val_files, data.val_max_samples), world=world)
+    count, batch = len(train.lengths), data.train_batch_size
+    if count < batch:
+        say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
+    return Inputs(train, val, train_files, make_plan(config, train=train, val=val, world=world))
+
+
+def make_plan(
+    config: TrainConfig, *, train: SampleStore, val: SampleStore | None, world: World
+) -> RunPlan:
+    """The plan of the whole run, a pure function of config, lengths and number of ranks."""
+    data = config.data
+    options: dict[str, Any] = {
+        "token_budget": data.token_budget,
+        "dp_size": world.size,
+        "packed": config.use_remove_padding,
+        "micro_batch_size": data.micro_batch_size_per_gpu,
+    }
+
+    @lru_cache(maxsize=1)
+    def epoch_plan(epoch: int) -> EpochPlan:
+        return plan_epoch(
+            train.lengths,
+            seed=config.trainer.seed,
+            epoch=epoch,
+            train_batch_size=data.train_batch_size,
+            shuffle=data.shuffle,
+            **options,
+        )
+
+    per_epoch = len(epoch_plan(0).steps)
+    total = per_epoch * config.trainer.total_epochs
+    if config.trainer.total_training_steps is not None:
+        total = min(total, config.trainer.total_training_steps)
+    validation = None
+    if val is not None and len(val.lengths):
+        validation = validation_plan(val.lengths, **options)
+    return RunPlan(epoch_plan, per_epoch, total, validation)
+
+
+def fingerprint(config: TrainConfig, *, inputs: Inputs) -> dict[str, Any]:
+    """What must be the same when a run goes on: data, order, model, adapters, optimizer."""
+    model = config.model
+    found: dict[str, Any] = {
+        "data": inputs.train.fingerprint,
+        "data.train_batch_size": config.data.train_batch_size,
+        "data.shuffle": config.data.shuffle,
+        "trainer.seed": config.trainer.seed,
+        "model": model_fingerprint(model),
+        "engine.model_dtype": config.engine.model_dtype,
+        **{f"optim.{k}": v for k, v in asdict(config.optim).items()},
+    }
+    for key in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "lora_adapter_path"):
+        value = getattr(model, key)
+        found[f"model.{key}"] = list(value) if isinstance(value, tuple) else value
+    if config.optim.lr_scheduler != "constant":  # the learning rate depends on the run's length
+        found["total_steps"] = inputs.plan.total_steps
+    return found
+
+
+def provenance(config: TrainConfig, *, files: list[Path]) -> dict[str, Any]:
+    """How the data's prompts were made, so that evaluation can make the same ones."""
+    import pyarrow.parquet as pq
+
+    template = ""
+    if files[0].suffix == ".parquet" and _TEMPLATE_COLUMN in pq.read_schema(files[0]).names:
+        names = pq.read_table(files[0], columns=[_TEMPLATE_COLUMN])[_TEMPLATE_COLUMN].unique()
+        found = sorted({str(n) for n in names.to_pylist() if n})
+        template = found[0] if len(found) == 1 else ""
+    return {
+        "prompt_template": template,
+        "history_style": "dialogue" if config.data.multiturn.enable else "windowed",
+        "base_model": config.model.partial_pretrain,
+        "train_files": [path.name for path in files],
+    }
+
+
+def _val_files(spec: Any, train_spec: Any) -> list[Path]:
+    """The validation files: as given, or those beside the training file, or none."""
+    if spec is not None:
+        return [] if spec in ("", "none") else resolve_files(spec, split="val")
+    first = train_spec if isinstance(train_spec, str | Path) else next(iter(train_spec), "")
+    place = Path(str(first)).expanduser()
+    folder = place if place.is_dir() else place.parent
+    return sorted(folder.glob("val.parquet")) or sorted(folder.glob("val-*.parquet"))
