@@ -1,0 +1,128 @@
+"""Records -> conversations: single-turn pairs, and step rows of one episode folded into one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+from verl_sft.records.schema import SFTRecord
+from verl_sft.types import JSON, Message
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is rendered at once; `weights` maps each learned message to its weight.
+
+    `parts` are the conversations that were folded into this one (empty: none were), so that one
+    step that must be refused does not take its episode with it.
+    """
+
+    messages: tuple[Message, ...]
+    weights: Mapping[int, float] | None
+    record_id: str
+    source: str
+    tools: tuple[JSON, ...] | None = None
+    sample_weight: float = 1.0
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[Conversation, ...] = ()
+
+
+def conversations(records: Iterable[SFTRecord], *, multiturn: bool) -> Iterator[Conversation]:
+    """One conversation per record; in multi-turn mode prefixes of one episode become one.
+
+    Rows of an episode fold when they are neighbours in the data and one's messages begin the
+    other's: `supervise` is united and every turn is still learned once.
+    """
+    if not multiturn:
+        yield from map(single_turn, records)
+        return
+    for episode, rows in groupby(records, key=lambda record: record.episode_id):
+        if episode:
+            yield from fold(map(dialogue, rows))
+        else:
+            yield from map(dialogue, rows)
+
+
+def single_turn(record: SFTRecord) -> Conversation:
+    """Prompt and response as a chat of two messages, of which the response is learned."""
+    messages = record.messages
+    pair = (record.prompt, record.response)
+    if record.prompt is not None and tuple(m.content for m in messages[-2:]) != pair:
+        messages = (Message("user", record.prompt), Message("assistant", record.response))
+    weight = record.weights[-1] if record.weights else 1.0
+    learned = {} if record.supervise == () else {len(messages) - 1: weight}
+    return _conversation(record, messages=messages, weights=learned)
+
+
+def dialogue(record: SFTRecord) -> Conversation:
+    """The whole chat with the messages that the row says are learned."""
+    learned = record.supervise
+    if learned is None:
+        if record.weights is None:
+            return _conversation(record, messages=record.messages, weights=None)
+        learned = tuple(i for i, m in enumerate(record.messages) if m.role == "assistant")
+    weights = record.weights or (1.0,) * len(learned)
+    return _conversation(
+        record, messages=record.messages, weights=dict(zip(learned, weights, strict=False))
+    )
+
+
+def fold(rows: Iterable[Conversation]) -> Iterator[Conversation]:
+    """Merge each conversation into the first one that it begins or that begins it."""
+    trunks: list[Conversation] = []
+    for row in rows:
+        for place, trunk in enumerate(trunks):
+            if _is_prefix(trunk, row):
+                trunks[place] = _merge(row, trunk)
+                break
+            if _is_prefix(row, trunk):
+                trunks[place] = _merge(trunk, row)
+                break
+        else:
+            trunks.append(row)
+    return iter(trunks)
+
+
+def _conversation(
+    record: SFTRecord, *, messages: tuple[Message, ...], weights: Mapping[int, float] | None
+) -> Conversation:
+    thinking = record.meta.get("enable_thinking")
+    return Conversation(
+        messages=messages,
+        weights=weights,
+        record_id=record.record_id,
+        source=record.source,
+        tools=record.tools,
+        sample_weight=record.sample_weight,
+        template_kwargs={} if thinking is None else {"enable_thinking": bool(thinking)},
+    )
+
+
+def _is_prefix(short: Conversation, long: Conversation) -> bool:
+    """Whether a model that reads `long` reads `short` on the way, under equal settings."""
+    return (
+        len(short.messages) <= len(long.messages)
+        and short.weights is not None
+        and long.weights is not None
+        and short.messages == long.messages[: len(short.messages)]
+        and short.tools == long.tools
+        and short.template_kwargs == long.template_kwargs
+    )
+
+
+def _merge(long: Conversation, short: Conversation) -> Conversation:
+    """`long` with the turns of both; each turn keeps the weight of the row that learned it."""
+    assert long.weights is not None and short.weights is not None
+    weights = {i: w * short.sample_weight for i, w in short.weights.items()}
+    weights.update({i: w * long.sample_weight for i, w in long.weights.items()})
+    return Conversation(
+        messages=long.messages,
+        weights=weights,
+        record_id=long.record_id,
+        source=long.source,
+        tools=long.tools,
+        template_kwargs=long.template_kwargs,
+        parts=(*(short.parts or (short,)), *(long.parts or (long,))),
+    )

@@ -1,0 +1,206 @@
+"""The token cache on disk: flat arrays that every rank maps read-only.
+
+<cache_dir>/<key>/ids.i32 weights.f32   all samples behind one another, unshifted
+                  offsets.i64           where each begins, and the end
+                  names.bin names.i64   `record_id LF source` of each sample
+                  rejected.jsonl        rows that were refused, with reason and fix
+                  report.json key.json  counts; everything that the tokens depend on
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from verl_sft.data.sample import TokenizedSample, learned_spans
+from verl_sft.errors import StorageError
+from verl_sft.safe_io import dump_json, storage_error
+
+_FILES = ("ids.i32", "weights.f32", "offsets.i64", "names.bin", "names.i64")
+
+
+@dataclass(slots=True)
+class LoadReport:
+    """What became of the rows.
+
+    `rows` were read, `folded` of them went into a longer row of their episode; `rejected` and
+    `dropped` count rows by reason (dropped: too long under `data.truncation=drop`).
+    """
+
+    rows: int = 0
+    folded: int = 0
+    samples: int = 0
+    tokens: int = 0
+    learned_tokens: int = 0
+    truncated: int = 0
+    lost_stops: int = 0
+    without_stop: int = 0
+    escaped: int = 0
+    longest: int = 0
+    template: str = ""
+    rejected: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: LoadReport) -> None:
+        """Add the counts of another part of the rows."""
+        for name in _SUMS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.longest = max(self.longest, other.longest)
+        self.rejected.update(other.rejected)
+        self.dropped.update(other.dropped)
+
+    @property
+    def num_rejected(self) -> int:
+        """Rows refused for any reason."""
+        return sum(self.rejected.values())
+
+
+class SampleStore:
+    """Samples by index; holds no more memory than the pages that were touched."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            saved = json.loads((path / "report.json").read_text(encoding="utf-8"))
+            sizes = {name: (path / name).stat().st_size for name in _FILES}
+        except (OSError, ValueError) as error:
+            raise _damaged(path, str(error)) from error
+        if sizes != saved.pop("sizes"):
+            raise _damaged(path, "its files do not have the sizes they were written with")
+        self.report = LoadReport(**{k: v for k, v in saved.items() if k not in _COUNTERS})
+        for name in _COUNTERS:
+            getattr(self.report, name).update(saved[name])
+        self._ids = _mapped(path / "ids.i32", dtype=np.int32)
+        self._weights = _mapped(path / "weights.f32", dtype=np.float32)
+        self._offsets = _mapped(path / "offsets.i64", dtype=np.int64)
+        self._names = _mapped(path / "names.bin", dtype=np.uint8)
+        self._name_offsets = _mapped(path / "names.i64", dtype=np.int64)
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each shifted sample, int64 [N]."""
+        lengths: npt.NDArray[np.int64] = np.diff(self._offsets) - 1
+        return lengths
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> TokenizedSample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        ids = self._ids[self._offsets[index] : self._offsets[index + 1]]
+        weights = self._weights[self._offsets[index] + 1 : self._offsets[index + 1]]
+        name = self._names[self._name_offsets[index] : self._name_offsets[index + 1]]
+        record_id, _, source = name.tobytes().decode("utf-8", "surrogatepass").partition("\n")
+        return TokenizedSample(
+            record_id=record_id,
+            input_ids=ids[:-1],
+            target_ids=ids[1:],
+            weights=weights,
+            source=source,
+            spans=learned_spans(weights),
+        )
+
+    def __iter__(self) -> Iterator[TokenizedSample]:
+        return (self[index] for index in range(len(self)))
+
+    def num_learned(self) -> npt.NDArray[np.int64]:
+        """Learned tokens of each sample, int64 [N]; reads all weights once."""
+        total = np.zeros(len(self._weights) + 1, dtype=np.int64)
+        np.cumsum(self._weights != 0, out=total[1:])
+        firsts = self._weights[self._offsets[:-1]] != 0
+        counts: npt.NDArray[np.int64] = np.diff(total[self._offsets]) - firsts
+        return counts
+
+
+class StoreWriter:
+    """Appends samples to a directory that is not published yet; memory stays flat."""
+
+    def __init__(self, path: Path) -> None:
+        path.mkdir(parents=True)
+        self.path = path
+        self._ids, self._weights, self._names = (
+            (path / name).open("wb") for name in ("ids.i32", "weights.f32", "names.bin")
+        )
+        self._rejected = (path / "rejected.jsonl").open("w", encoding="utf-8")
+        self._offsets, self._name_offsets = [0], [0]
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for stream in (self._ids, self._weights, self._names, self._rejected):
+            stream.close()
+
+    def add(
+        self, ids: bytes, *, weights: bytes, lengths: Sequence[int], names: Sequence[str]
+    ) -> None:
+        """Append samples whose tokens lie behind one another (int32 and float32 bytes)."""
+        self._ids.write(ids)
+        self._weights.write(weights)
+        for length, name in zip(lengths, names, strict=True):
+            self._offsets.append(self._offsets[-1] + length)
+            encoded = name.encode("utf-8", "surrogatepass")
+            self._names.write(encoded)
+            self._name_offsets.append(self._name_offsets[-1] + len(encoded))
+
+    def reject(self, row: dict[str, Any]) -> None:
+        """Note a refused row."""
+        self._rejected.write(dump_json(row) + "\n")
+
+    def finish(self, report: LoadReport, *, key: dict[str, Any]) -> None:
+        """Write offsets, counts and key; the directory is then complete."""
+        np.array(self._offsets, dtype=np.int64).tofile(self.path / "offsets.i64")
+        np.array(self._name_offsets, dtype=np.int64).tofile(self.path / "names.i64")
+        try:
+            for stream in (self._ids, self._weights, self._names, self._rejected):
+                stream.close()
+        except OSError as error:
+            raise storage_error(error, self.path) from error
+        sizes = {name: (self.path / name).stat().st_size for name in _FILES}
+        text = dump_json({**asdict(report), "sizes": sizes}, indent=1)
+        (self.path / "report.json").write_text(text, encoding="utf-8")
+        (self.path / "key.json").write_text(dump_json(key, indent=1), encoding="utf-8")
+
+
+_COUNTERS = ("rejected", "dropped")
+_SUMS = (
+    "rows",
+    "folded",
+    "samples",
+    "tokens",
+    "learned_tokens",
+    "truncated",
+    "lost_stops",
+    "without_stop",
+    "escaped",
+)
+
+
+def _mapped(path: Path, *, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    # An empty file cannot be mapped.
+    if path.stat().st_size == 0:
+        return np.zeros(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+def _damaged(path: Path, why: str) -> StorageError:
+    return StorageError(
+        "the token cache is damaged",
+        where=str(path),
+        why=why,
+        fix="Delete this directory; it is built again from the data",
+    )
