@@ -282,8 +282,12 @@ def _parquet_rows(path: Path, parquet: Any, columns: list[str] | None) -> Iterat
 
     try:
         with parquet:
+            missing = parquet.metadata.num_rows
             for batch in parquet.iter_batches(batch_size=_READ_ROWS, columns=columns):
+                missing -= batch.num_rows
                 yield from batch.to_pylist()
+        if missing:  # page headers carry no checksum; a damaged one ends the column early
+            raise _unreadable(path, ValueError(f"{missing} rows are missing"))
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(path, error) from error
 
