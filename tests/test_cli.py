@@ -1,0 +1,65 @@
+"""The command line: exit codes, messages on standard error, and no surprises."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from verl_sft.cli import COMMANDS, main
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--help` lists all commands and succeeds."""
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_help_of_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command lists its keys with their defaults."""
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: verl-sft {command}") and "=" in text
+
+
+def test_dry_run_prints_what_would_be_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """The resolved configuration as YAML; nothing is run."""
+    assert main(["collect", "rollout.seed=7", "--dry-run"]) == 0
+    assert "seed: 7" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["colect"], 2, "Did you mean 'collect'"),
+        (["collect", "rollout.sed=7"], 2, "Did you mean rollout.seed"),
+        (["collect", "env=alfwrld"], 2, "Did you mean 'alfworld'"),
+        (["collect", "env.data_dir=/nowhere/at/all"], 3, "/nowhere/at/all"),
+        (["evaluate", "env.data_dir=/nowhere"], 2, "model"),
+        (["make-games"], 2, "out"),
+        (["make-model"], 2, "out"),
+    ],
+)
+def test_errors_have_their_exit_code(
+    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on standard error that says what to do, and the documented code."""
+    assert main(words) == code
+    text = capsys.readouterr().err
+    assert message in text and "Traceback" not in text
+
+
+def test_no_words_is_a_usage_error() -> None:
+    """Without a command the help is shown and the exit code says so."""
+    assert main([]) == 2
+
+
+def test_the_module_runs() -> None:
+    """`python -m verl_sft.cli` works as the installed command does."""
+    done = subprocess.run(
+        [sys.executable, "-m", "verl_sft.cli", "--version"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout.startswith("verl-sft ")

@@ -1,0 +1,118 @@
+"""`key=value` words become a validated tree, or an error that says what to write instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from verl_sft.config.collect import CollectConfig, EvaluateConfig
+from verl_sft.config.load import config_keys, load_config
+from verl_sft.config.train import TrainConfig
+from verl_sft.errors import UsageError
+
+# Override lists as they stand in public verl scripts, both dialects.
+LEGACY = """data.train_files=/d/train.parquet data.val_files=/d/test.parquet
+data.prompt_key=extra_info data.response_key=extra_info optim.lr=1e-4 data.prompt_dict_keys=['question']
++data.response_dict_keys=['answer'] data.micro_batch_size=4
+model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=/o
+trainer.project_name=gsm8k-sft trainer.experiment_name=gsm8k-sft-qwen-2.5-0.5b-instruct-sp2
+trainer.logger=console trainer.total_training_steps=1 ulysses_sequence_parallel_size=1
+use_remove_padding=true model.lora_rank=32 model.lora_alpha=16 model.target_modules=all-linear
+model.target_modules=[q_proj,v_proj] model.strategy=fsdp trainer.default_hdfs_dir=null
+model.use_liger=False optim.warmup_steps_ratio=0.05 optim.clip_grad=1.0""".split()
+ENGINE = """engine=fsdp optim=fsdp optim.lr=2e-5 optim.lr_warmup_steps_ratio=0.01
+optim.weight_decay=0.1 optim.betas=[0.9,0.95] optim.clip_grad=1.0 optim.min_lr_ratio=0.1
+optim.warmup_style=cosine engine.ulysses_sequence_parallel_size=1 engine.strategy=fsdp2
+engine.fsdp_size=-1 optim.lr_warmup_init=0 optim.lr_decay_style=cosine optim.min_lr=2e-6
+engine.tensor_model_parallel_size=1 engine.use_mbridge=True data.train_files=/d/t.parquet
+data.train_batch_size=96 data.max_length=2048 data.pad_mode=no_padding data.truncation=error
+data.use_dynamic_bsz=True data.max_token_len_per_gpu=65536 model.path=Qwen/Qwen3-0.6B
+model.use_remove_padding=true trainer.test_freq=-1 trainer.save_freq=4000
+trainer.logger=['console','wandb'] trainer.total_epochs=10 trainer.default_local_dir=/o
+trainer.resume_mode=auto trainer.max_ckpt_to_keep=5
+checkpoint.save_contents=[model,optimizer,extra]""".split()
+
+
+def test_a_legacy_script_runs_unchanged() -> None:
+    """Every override of the list is read; the last of two wins; `+` on a known key is fine."""
+    said: list[str] = []
+    config = load_config(TrainConfig, LEGACY, say=said.append)
+    assert config.data.prompt_dict_keys == ["question"]
+    assert config.data.response_dict_keys == ["answer"]
+    assert config.data.micro_batch_size_per_gpu == 4
+    assert config.model.target_modules == ["q_proj", "v_proj"]
+    assert config.engine.strategy == "fsdp"
+    assert config.optim.lr_warmup_steps_ratio == 0.05
+    assert any("trainer.default_hdfs_dir has no effect" in line for line in said)
+
+
+def test_an_engine_script_runs_unchanged() -> None:
+    """The engine dialect's keys reach the same fields; keys without effect are said."""
+    said: list[str] = []
+    config = load_config(TrainConfig, ENGINE, say=said.append)
+    assert config.model.partial_pretrain == "Qwen/Qwen3-0.6B"
+    assert config.data.max_token_len_per_gpu == 65536
+    assert config.optim.lr_scheduler == "cosine"
+    assert config.trainer.logger == ["console", "wandb"]
+    assert sum("has no effect" in line for line in said) >= 6
+
+
+def test_interpolation_is_resolved() -> None:
+    """The default output folder follows project and experiment."""
+    config = load_config(TrainConfig, ["trainer.project_name=p", "trainer.experiment_name=e"])
+    assert config.trainer.default_local_dir == "checkpoints/p/e"
+
+
+def test_section_shorthand() -> None:
+    """`env=NAME` and `policy=NAME` name the section's subject."""
+    config = load_config(CollectConfig, ["env=mine", "policy=hf", "env_args.x=[1,2]"])
+    assert (config.env.name, config.policy.name) == ("mine", "hf")
+    assert config.env_args == {"x": [1, 2]}
+    assert load_config(EvaluateConfig, ["model=/m"]).model == "/m"
+
+
+@pytest.mark.parametrize(
+    "value", ["/a b/c", "/a(b)", "s3://x/y?z", "/a#b", "~/x", "a=b", "/a/b.c-d", "it's"]
+)
+def test_paths_as_a_shell_user_writes_them(value: str) -> None:
+    """Characters that Hydra's grammar reserves need no second quoting."""
+    assert load_config(CollectConfig, [f"output.dir={value}"]).output.dir == value
+
+
+@pytest.mark.parametrize(
+    ("schema", "word", "message"),
+    [
+        (TrainConfig, "data.max_lenght=3", "Did you mean data.max_length"),
+        (TrainConfig, "+data.typo=1", "unknown key 'data.typo'"),
+        (TrainConfig, "max_length=3", "data.max_length"),
+        (TrainConfig, "data.max_length=abc", "could not be converted"),
+        (TrainConfig, "data.max_length=0", "at least 2"),
+        (TrainConfig, "data.truncation=eror", "Did you mean 'error'"),
+        (TrainConfig, "optim.lr=[1", "cannot read"),
+        (TrainConfig, "nonsense", "key=value"),
+        (CollectConfig, "policy.noise=1.5", "between 0 and 1"),
+        (CollectConfig, "env.split=test", "valid_unseen"),
+        (CollectConfig, "--config", "file name"),
+        (CollectConfig, "--config=nowhere.yaml", "no such configuration file"),
+    ],
+)  # fmt: skip
+def test_a_wrong_word_is_an_error_that_helps(schema: type, word: str, message: str) -> None:
+    """Each mistake names itself and what to write instead."""
+    with pytest.raises(UsageError) as caught:
+        load_config(schema, [word])
+    assert message in str(caught.value)
+
+
+def test_words_win_over_the_file(tmp_path: Path) -> None:
+    """`--config FILE` first, then the words; a saved config can be read back."""
+    path = tmp_path / "c.yaml"
+    path.write_text("rollout:\n  seed: 5\n  max_steps: 7\n", encoding="utf-8")
+    config = load_config(CollectConfig, ["rollout.seed=6", "--config", str(path)])
+    assert (config.rollout.seed, config.rollout.max_steps) == (6, 7)
+
+
+def test_every_key_is_reachable() -> None:
+    """The walk that backs the error messages sees nested keys and sections."""
+    keys = dict(config_keys(TrainConfig))
+    assert keys["data.multiturn.enable"] is None and keys["data.multiturn"] is not None

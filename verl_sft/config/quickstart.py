@@ -1,0 +1,34 @@
+"""What `quickstart` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from verl_sft.config.checks import at_least, fraction
+
+
+@dataclass
+class QuickstartConfig:
+    """`verl-sft quickstart`: the sizes of each stage; the defaults take minutes on 2 cores."""
+
+    out: str = "quickstart"
+    seed: int = 0
+    train_games: int = 500
+    eval_games: int = 60
+    episodes: int = 1000  # expert episodes; more than train_games means several per game
+    noise: float = 0.1  # share of the expert's steps that are random, so that recovery is learned
+    model_size: str = "tiny"
+    vocab_size: int = 1024
+    epochs: int = 3
+    lr: float = 2e-3
+    batch_size: int = 16  # episodes per optimizer step
+    max_length: int = 4096
+    token_budget: int = 8192  # tokens per micro-batch and rank
+    max_steps: int = 30  # steps of an evaluation episode
+    nproc: int | None = None  # ranks; default: GPUs, else 2
+
+    def __post_init__(self) -> None:
+        at_least("train_games", self.train_games, 1)
+        at_least("eval_games", self.eval_games, 1)
+        at_least("episodes", self.episodes, 10)
+        fraction("noise", self.noise)
