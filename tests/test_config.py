@@ -13,7 +13,8 @@ from verl_sft.errors import UsageError
 
 # Override lists as they stand in public verl scripts, both dialects.
 LEGACY = """data.train_files=/d/train.parquet data.val_files=/d/test.parquet
-data.prompt_key=extra_info data.response_key=extra_info optim.lr=1e-4 data.prompt_dict_keys=['question']
+data.prompt_key=extra_info data.response_key=extra_info optim.lr=1e-4
+data.prompt_dict_keys=['question']
 +data.response_dict_keys=['answer'] data.micro_batch_size=4
 model.partial_pretrain=Qwen/Qwen2.5-0.5B-Instruct trainer.default_local_dir=/o
 trainer.project_name=gsm8k-sft trainer.experiment_name=gsm8k-sft-qwen-2.5-0.5b-instruct-sp2

@@ -88,7 +88,7 @@ def _quoted(word: str) -> str:
     key, sign, value = word.partition("=")
     if not sign or not value or value[0] in "'\"[{$" or "," in value:
         return word
-    if any(c in value for c in " ()#&~^;?*!<>|@="):
+    if any(c in value for c in " ()#&~^;?*!<>|@='\""):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{key}='{escaped}'"
     return word

@@ -6,9 +6,9 @@ Messages are JSON in byte tensors; torch's own object collectives unpickle what 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,6 @@ import torch.distributed as dist
 from verl_sft import errors
 from verl_sft.distributed.setup import World
 from verl_sft.errors import VerlSftError
-
-T = TypeVar("T")
 
 
 def sum_over_ranks(values: list[float], *, world: World) -> list[float]:
@@ -76,15 +74,3 @@ def together(world: World) -> Iterator[None]:
     if kind is errors.MissingExtraError:
         kind = errors.UsageError
     raise kind(first.pop("what"), **first)
-
-
-def main_first(work: Callable[[], T], *, world: World) -> T:
-    """Run `work` on rank 0, then on the others, which find what it has cached."""
-    results: list[T] = []
-    with together(world):
-        if world.is_main:
-            results.append(work())
-    with together(world):
-        if not world.is_main:
-            results.append(work())
-    return results[0]

@@ -12,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from verl_sft.errors import UsageError
@@ -55,7 +56,7 @@ def pick_device(wanted: str, *, env: Mapping[str, str]) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def setup_world(wanted: str = "auto", *, store: dist.Store | None = None) -> World:
+def setup_world(wanted: str = "auto", *, store: Store | None = None) -> World:
     """Join the process group (NCCL on GPUs, gloo on CPU) and build the data-parallel mesh.
 
     Args:
@@ -69,7 +70,7 @@ def setup_world(wanted: str = "auto", *, store: dist.Store | None = None) -> Wor
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         if store is None and "MASTER_ADDR" not in env:
-            rank, size, store = 0, 1, dist.HashStore()
+            rank, size, store = 0, 1, HashStore()
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,

@@ -24,9 +24,9 @@ def compute_dtype(wanted: str, *, device: torch.device) -> torch.dtype:
 
 def _fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, bool)() for name in names)
+    return any(bool(getattr(torch.cpu, name, bool)()) for name in names)
 
 
 def shard(

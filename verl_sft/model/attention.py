@@ -95,9 +95,9 @@ def split_attention(
     lengths = kwargs.get("document_lengths") or _lengths(kwargs, query)
     shared = query.shape[1] != key.shape[1]
     parts = zip(
-        query.split(lengths, dim=2),
-        key.split(lengths, dim=2),
-        value.split(lengths, dim=2),
+        torch.split(query, lengths, dim=2),
+        torch.split(key, lengths, dim=2),
+        torch.split(value, lengths, dim=2),
         strict=True,
     )
     out = []
@@ -134,8 +134,9 @@ def varlen_attention(
     """Torch's own variable-length kernel (CUDA, bf16), with the shapes of `split_attention`."""
     import inspect
 
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 
+    varlen_attn: Any = varlen.varlen_attn  # its signature differs between versions
     if dropout:
         raise UsageError("varlen attention has no dropout", fix="model.attn_implementation=sdpa")
     names = inspect.signature(varlen_attn).parameters
@@ -151,7 +152,7 @@ def varlen_attention(
         options["is_causal"] = True
     bounds, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
     flat = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
-    out = varlen_attn(*flat, bounds, bounds, longest, longest, **options)
+    out: Tensor = varlen_attn(*flat, bounds, bounds, longest, longest, **options)
     return out.unsqueeze(0), None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ def load_causal(
         UsageError: it cannot be found or loaded.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path = model_path(config)
     torch.manual_seed(seed)  # heads that the checkpoint lacks must be the same on every rank
     try:
@@ -118,8 +121,8 @@ def decoder_layers(causal: nn.Module) -> list[nn.Module]:
     layers = [m for m in causal.modules() if type(m).__name__ in names]
     if layers:
         return layers
-    lists = [m for m in causal.modules() if isinstance(m, nn.ModuleList)]
-    return list(max(lists, key=len)) if lists else []
+    lists = [list(m) for m in causal.modules() if isinstance(m, nn.ModuleList)]
+    return max(lists, key=len, default=[])
 
 
 def model_fingerprint(config: ModelConfig) -> str:
@@ -151,9 +154,9 @@ def probe_packing(model: LossModel, *, device: torch.device, half: bool, vocab_s
     Raises:
         UsageError: they differ by more than rounding explains.
     """
-    lengths = (7, 5, 9)
+    lengths = [7, 5, 9]
     ids = torch.arange(sum(lengths), device=device).mul(2654435761).remainder(vocab_size)
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     positions = torch.cat([torch.arange(n, device=device) for n in lengths])
     training = model.training
     model.eval()
@@ -163,7 +166,7 @@ def probe_packing(model: LossModel, *, device: torch.device, half: bool, vocab_s
             [
                 model(part[None], torch.arange(len(part), device=device)[None], bounds, 0,
                       mode="reference")
-                for part in ids.split(lengths)
+                for part in torch.split(ids, lengths)
             ]
         )  # fmt: skip
     model.train(training)
@@ -189,5 +192,5 @@ def _cannot_load(path: str, error: Exception) -> UsageError:
     return UsageError(
         f"cannot load the model: {str(error).strip().splitlines()[0]}",
         where=f"model.partial_pretrain={path}",
-        fix="Give a folder with config.json, tokenizer and *.safetensors, or a hub name when online",
+        fix="Give a folder with config.json, tokenizer and *.safetensors, or a hub name",
     )

@@ -185,7 +185,9 @@ def random_model(
     """A Qwen2 model with random weights, fp32, tied embeddings."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     hidden, intermediate, layers, heads, kv_heads = SIZES[size]
     stop = tokenizer.eos_token_id if tokenizer is not None else 0
     pad = tokenizer.pad_token_id if tokenizer is not None else 0

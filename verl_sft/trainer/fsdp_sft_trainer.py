@@ -104,7 +104,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         _done(world, directory, start)
         return
     trainer, loss_model = assemble(
-        config, world=world, inputs=inputs, directory=directory, marks=marks, pad_id=_pad(tokenizer)
+        config, world=world, inputs=inputs, tokenizer=tokenizer, directory=directory, marks=marks
     )
     if found:
         state = TrainState(loss_model, trainer.optimizer)
@@ -139,9 +139,9 @@ def assemble(
     *,
     world: World,
     inputs: Inputs,
+    tokenizer: Any,
     directory: Path,
     marks: dict[str, Any],
-    pad_id: int,
 ) -> tuple[SFTTrainer, Any]:
     """Load, probe and shard the model, and put the trainer together."""
     dtype = compute_dtype(config.engine.dtype, device=world.device)
@@ -157,7 +157,7 @@ def assemble(
             seed=config.trainer.seed,
         )
         vocabulary = int(built.causal.config.vocab_size)
-        check_vocabulary(inputs, vocabulary=vocabulary)
+        check_vocabulary(num_tokens=len(tokenizer), vocabulary=vocabulary)
     model = shard(
         built.loss_model,
         layers=decoder_layers(built.causal),
@@ -184,7 +184,7 @@ def assemble(
         plan=inputs.plan,
         train_data=inputs.train,
         val_data=inputs.val,
-        pad_id=pad_id,
+        pad_id=int(tokenizer.pad_token_id or 0),
         fingerprint=marks,
         directory=directory,
     )
@@ -227,12 +227,11 @@ def find_start(
     return found
 
 
-def check_vocabulary(inputs: Inputs, *, vocabulary: int) -> None:
-    """Raise if the tokenizer gives ids that the model has no embedding for."""
-    highest = int(inputs.train.max_token_id)
-    if highest >= vocabulary:
+def check_vocabulary(*, num_tokens: int, vocabulary: int) -> None:
+    """Raise if the tokenizer can give ids that the model has no embedding for."""
+    if num_tokens > vocabulary:
         raise UsageError(
-            f"the data holds token id {highest}, the model knows {vocabulary} ids",
+            f"the tokenizer has {num_tokens} tokens, the model knows {vocabulary}",
             fix="Use the tokenizer that belongs to the model",
         )
 
@@ -252,10 +251,6 @@ def as_user_error(error: Exception) -> VerlSftError | None:
     if isinstance(error, dist.DistError) or any(part in text for part in lost):
         return PeerLostError(f"another rank is gone: {text.splitlines()[0]}")
     return None
-
-
-def _pad(tokenizer: Any) -> int:
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
 
 
 def _done(world: World, directory: Path, progress: TrainProgress) -> None:

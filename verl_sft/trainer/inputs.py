@@ -9,16 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.config.train import TrainConfig
-from verl_sft.data.load import SampleStore, load_samples
+from verl_sft.data.load import load_samples
 from verl_sft.data.plan import EpochPlan, plan_epoch, validation_plan
-from verl_sft.distributed.reduce import main_first
+from verl_sft.data.store import SampleStore
+from verl_sft.data.tokenizer import tokenizer_spec
+from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World
-from verl_sft.errors import InputError, UsageError
+from verl_sft.errors import UsageError
 from verl_sft.model.build import model_fingerprint
 from verl_sft.records.io import resolve_files
+from verl_sft.safe_io import content_hash, file_sha256
 from verl_sft.trainer.sft_trainer import RunPlan
 
 _TEMPLATE_COLUMN = "prompt_template"
+_TOKEN_FILES = ("ids.i32", "weights.f32", "offsets.i64")
 
 
 @dataclass(frozen=True)
@@ -68,38 +72,36 @@ def load_inputs(
     world: World,
     say: Callable[[str], None],
 ) -> Inputs:
-    """Tokenise both splits (rank 0 first, the others read its cache) and plan the run.
+    """Tokenise both splits, or open what another rank has tokenised, and plan the run.
 
     Raises:
         InputError: no usable row, or a sample that fits into no micro-batch.
     """
     data = config.data
-    if data.train_files is None:
-        raise UsageError(
-            "no training data given",
-            where="data.train_files",
-            fix="Give an sft_data directory, parquet files, or a list of them",
-        )
     cache = Path(data.cache_dir) if data.cache_dir else directory / "token_cache"
 
     def read(files: list[Path], limit: int) -> SampleStore:
         return load_samples(
             files,
-            tokenizer=tokenizer,
+            tokenizer=tokenizer_spec(tokenizer, name=str(config.model.partial_pretrain)),
             config=data,
             cache_dir=cache,
             num_workers=data.num_workers,
             max_samples=limit,
         )
 
-    train_files = resolve_files(data.train_files, split="train")
-    train = main_first(lambda: read(train_files, data.train_max_samples), world=world)
-    if not len(train.lengths):
-        raise InputError("no row of the training data can be used", where=str(train_files[0]))
-    val_files = _val_files(data.val_files, data.train_files)
-    val = None
-    if val_files:
-        val = main_first(lambda: read(val_files, data.val_max_samples), world=world)
+    with together(world):
+        if data.train_files is None:
+            raise UsageError(
+                "no training data given",
+                where="data.train_files",
+                fix="Give an sft_data directory, parquet files, or a list of them",
+            )
+        train_files = resolve_files(data.train_files, split="train")
+        val_files = _val_files(data.val_files, data.train_files)
+    with together(world):  # the cache lets one rank build while the others wait
+        train = read(train_files, data.train_max_samples)
+        val = read(val_files, data.val_max_samples) if val_files else None
     count, batch = len(train.lengths), data.train_batch_size
     if count < batch:
         say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
@@ -143,7 +145,7 @@ def fingerprint(config: TrainConfig, *, inputs: Inputs) -> dict[str, Any]:
     """What must be the same when a run goes on: data, order, model, adapters, optimizer."""
     model = config.model
     found: dict[str, Any] = {
-        "data": inputs.train.fingerprint,
+        "data": data_fingerprint(inputs.train),
         "data.train_batch_size": config.data.train_batch_size,
         "data.shuffle": config.data.shuffle,
         "trainer.seed": config.trainer.seed,
@@ -157,6 +159,12 @@ def fingerprint(config: TrainConfig, *, inputs: Inputs) -> dict[str, Any]:
     if config.optim.lr_scheduler != "constant":  # the learning rate depends on the run's length
         found["total_steps"] = inputs.plan.total_steps
     return found
+
+
+def data_fingerprint(store: SampleStore) -> str:
+    """A hash of all tokens and weights, whatever files and code they came from."""
+    parts = [file_sha256(store.path / name) for name in _TOKEN_FILES]
+    return content_hash(parts)
 
 
 def provenance(config: TrainConfig, *, files: list[Path]) -> dict[str, Any]:

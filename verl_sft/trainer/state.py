@@ -1,4 +1,4 @@
-"""The tensors of a run (trainable parameters, AdamW's moments, RNG) as rows of safetensors files."""
+"""The tensors of a run (trainable parameters, AdamW's moments, RNG) as rows of safetensors."""
 
 from __future__ import annotations
 

@@ -152,4 +152,4 @@ def _open_board(directory: Path, start_step: int) -> Any | None:
         return None
     # Steps after the one resumed from are hidden by purge_step, as they are done again.
     purge = start_step + 1 if start_step else None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=purge)
