@@ -1,0 +1,272 @@
+"""The trainer's numerics: one trajectory, whatever the ranks, packing and memory settings."""
+
+from __future__ import annotations
+
+import math
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train_ranks import (
+    VOCAB,
+    run_ranks,
+    steps_of,
+    toy_config,
+    toy_model,
+    toy_store,
+    weights_of,
+)
+from verl_sft.data.collate import collate
+from verl_sft.errors import UsageError
+from verl_sft.model.attention import document_kwargs, pick_attention, register_attention
+from verl_sft.model.build import build_model, probe_packing
+from verl_sft.trainer.optim import lr_factor
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return toy_model(tmp_path_factory.mktemp("model"))
+
+
+def run_once(model: Path, out: Path, *, size: int = 1, **changes: Any) -> tuple[Any, Any]:
+    config = toy_config(model, out, **changes)
+    reports = run_ranks(config, size=size, val=toy_store(5, seed=9))
+    assert [r["code"] for r in reports] == [0] * size, reports
+    return steps_of(config, "train/loss", "train/grad_norm"), weights_of(out)
+
+
+@pytest.fixture(scope="module")
+def baseline(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    return run_once(model, tmp_path_factory.mktemp("baseline") / "run")
+
+
+@pytest.mark.parametrize(
+    ("size", "changes"),
+    [
+        (1, {"data__micro_batch_size_per_gpu": 1}),
+        (1, {"data__micro_batch_size_per_gpu": 8}),
+        (1, {"use_remove_padding": False}),
+        (1, {"model__enable_gradient_checkpointing": True}),
+        (1, {"model__attn_implementation": "sdpa"}),
+        (1, {"engine__reshard_after_forward": False}),
+        (2, {}),
+        (2, {"use_remove_padding": False, "data__micro_batch_size_per_gpu": 1}),
+        (3, {"data__micro_batch_size_per_gpu": 1}),
+    ],
+)
+def test_one_trajectory(
+    model: Path, baseline: tuple[Any, Any], tmp_path: Path, size: int, changes: dict[str, Any]
+) -> None:
+    """Micro-batches, padding, recomputation and ranks change losses by less than 1e-6."""
+    steps, weights = run_once(model, tmp_path / "run", size=size, **changes)
+    expected = np.array(baseline[0])
+    found = np.array(steps)
+    assert found.shape == expected.shape == (6, 2)
+    assert np.abs(found[:, 0] - expected[:, 0]).max() < 1e-5
+    assert np.abs(found[:2, 0] - expected[:2, 0]).max() < 1e-6
+    assert abs((found[:, 0] - expected[:, 0]).mean()) < 1e-6
+    assert np.abs(found[0, 1] - expected[0, 1]).max() < 1e-5
+    for name, tensor in baseline[1].items():
+        if name.startswith("model."):
+            assert torch.allclose(weights[name], tensor, atol=2e-4), name
+
+
+def test_another_seed_is_another_trajectory(
+    model: Path, baseline: tuple[Any, Any], tmp_path: Path
+) -> None:
+    """Negative control of the equivalence: what should change the losses does."""
+    steps, _ = run_once(model, tmp_path / "run", trainer__seed=2)
+    assert abs(steps[0][0] - baseline[0][0][0]) > 1e-4
+
+
+def test_it_learns(model: Path, tmp_path: Path) -> None:
+    """Twenty epochs on a simple rule bring the loss far down."""
+    steps, _ = run_once(model, tmp_path / "run", trainer__total_epochs=20, optim__lr=1e-2)
+    assert steps[-1][0] < 0.6 * steps[0][0]
+
+
+def test_parity_with_a_plain_loop(model: Path, baseline: tuple[Any, Any], tmp_path: Path) -> None:
+    """Three AdamW steps of a plain torch loop over single samples give the same numbers."""
+    from transformers import AutoModelForCausalLM
+
+    from verl_sft.data.plan import plan_epoch
+
+    store = toy_store(10)
+    plain = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
+    matrices = [p for p in plain.parameters() if p.ndim >= 2]
+    vectors = [p for p in plain.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    plan = plan_epoch(
+        store.lengths, seed=1, epoch=0, token_budget=64, train_batch_size=4, dp_size=1
+    )
+    for step, step_plan in enumerate(plan.steps[:3]):
+        samples = [store[i] for i in step_plan.sample_indices()]
+        denominator = sum(float(s.weights.sum()) for s in samples)
+        total = 0.0
+        for sample in samples:
+            logits = plain(input_ids=torch.tensor(sample.input_ids)[None].long()).logits[0]
+            losses = torch.nn.functional.cross_entropy(
+                logits, torch.tensor(sample.target_ids).long(), reduction="none"
+            )
+            loss = (losses * torch.tensor(sample.weights)).sum() / denominator
+            loss.backward()
+            total += float(loss.detach())
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        factor = lr_factor(step, total_steps=6, warmup=0, kind="cosine", min_ratio=0)
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * factor
+        optimizer.step()
+        optimizer.zero_grad()
+        assert abs(total - baseline[0][step][0]) < 1e-5
+        assert abs(float(norm) - baseline[0][step][1]) < 1e-4
+
+
+def test_validation_covers_every_row(model: Path, tmp_path: Path) -> None:
+    """The validation loss is the weighted mean over all rows, on any number of ranks."""
+    losses = []
+    for size, micro in ((1, 1), (2, 2)):
+        out = tmp_path / f"run{size}"
+        run_once(model, out, size=size, data__micro_batch_size_per_gpu=micro)
+        config = toy_config(model, out)
+        losses.append([row for row in _rows(config) if "val/loss" in row])
+    assert [r["step"] for r in losses[0]] == [3, 6]
+    for one, other in zip(*losses, strict=True):
+        assert abs(one["val/loss"] - other["val/loss"]) < 1e-5
+
+
+def _rows(config: Any) -> list[dict[str, Any]]:
+    from verl_sft.trainer.tracking import read_metrics
+
+    return read_metrics(Path(config.trainer.default_local_dir) / "metrics.jsonl")
+
+
+def test_nan_reaches_no_weight(model: Path, tmp_path: Path) -> None:
+    """A NaN on one rank stops all with exit code 6, the sample named, checkpoints untouched."""
+    store = toy_store(10)
+    store.samples[3].weights[-1] = np.nan
+
+    config = toy_config(model, tmp_path / "run", trainer__save_freq=1)
+    reports = run_ranks(config, size=2, train=store)
+    assert [r["code"] for r in reports] == [6, 6]
+    assert "sample-3" in reports[0]["error"]
+    from verl_sft.trainer.checkpoint import list_checkpoints
+
+    if list_checkpoints(tmp_path / "run"):
+        assert all(bool(t.isfinite().all()) for t in weights_of(tmp_path / "run").values())
+
+
+def test_sigterm_saves_and_resumes(model: Path, baseline: tuple[Any, Any], tmp_path: Path) -> None:
+    """SIGTERM on one rank ends both behind the same step, with a checkpoint to go on from."""
+    config = toy_config(model, tmp_path / "run")
+
+    def ask_in_step_two(trainer: Any) -> None:
+        step = trainer.train_step
+
+        def wrapped(plan: Any) -> Any:
+            if trainer.progress.step == 1 and trainer.world.rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return step(plan)
+
+        trainer.train_step = wrapped
+
+    reports = run_ranks(config, size=2, hook=ask_in_step_two)
+    assert [r["code"] for r in reports] == [75, 75], reports
+    assert len(_rows(config)) == 2
+    assert [r["code"] for r in run_ranks(config, size=2)] == [0, 0]
+    losses = np.array(steps_of(config, "train/loss"))[:, 0]
+    assert np.abs(losses - np.array(baseline[0])[:, 0]).max() < 1e-5
+
+
+def test_packed_documents_are_isolated(model: Path) -> None:
+    """Changing one document leaves the logits of its neighbours to the last bit, and causality."""
+    config = toy_config(model, Path("unused"))
+    for name in ("split", "sdpa"):
+        attention = pick_attention(name, device=CPU, half=False)
+        built = build_model(config.model, dtype=torch.float32, attention=attention, seed=0)
+        store = toy_store(3)
+        rows = [[store[0], store[1], store[2]]]
+        first = _logits(built.loss_model, collate(rows, pad_id=0))
+        start, stop = len(store[0]), len(store[0]) + len(store[1])
+        changed = collate(rows, pad_id=0)
+        changed.input_ids[0, start] += 1
+        second = _logits(built.loss_model, changed)
+        assert torch.equal(first[:start], second[:start])
+        assert torch.equal(first[stop:], second[stop:])
+        assert not torch.equal(first[start:stop], second[start:stop])
+        assert probe_packing(built.loss_model, device=CPU, half=False, vocab_size=VOCAB) < 1e-4
+
+
+def test_the_probe_sees_contamination(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control: attention that ignores document boundaries is refused."""
+    from verl_sft.model import loss
+
+    config = toy_config(model, Path("unused"))
+    attention = pick_attention("split", device=CPU, half=False)
+    built = build_model(config.model, dtype=torch.float32, attention=attention, seed=0)
+
+    def one_document(cu_seqlens: torch.Tensor, *, max_seqlen: int) -> dict[str, Any]:
+        return document_kwargs(cu_seqlens[[0, -1]], max_seqlen=int(cu_seqlens[-1]))
+
+    monkeypatch.setattr(loss, "document_kwargs", one_document)
+    with pytest.raises(UsageError, match="packed documents"):
+        probe_packing(built.loss_model, device=CPU, half=False, vocab_size=VOCAB)
+
+
+def _logits(model: Any, batch: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(
+            batch.input_ids,
+            batch.position_ids,
+            batch.cu_seqlens,
+            batch.max_seqlen,
+            mode="logits",
+        )
+
+
+def test_sliding_window_inside_a_document() -> None:
+    """A window narrower than the document gives what masked attention gives."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from verl_sft.model.attention import split_attention
+
+    register_attention()
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 4) for _ in range(3))
+    out, _ = split_attention(
+        torch.nn.Identity(), q, k, v, None, sliding_window=3, document_lengths=(9,)
+    )
+    back = torch.arange(9)[:, None] - torch.arange(9)
+    mask = (back >= 0) & (back < 3)
+    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    assert torch.allclose(out, expected, atol=1e-6)
+
+
+def test_lora_targets_that_match_nothing(model: Path, tmp_path: Path) -> None:
+    """Wrong LoRA targets are refused with the names that exist."""
+    config = toy_config(model, tmp_path, model__lora_rank=4, model__target_modules="[nonsense]")
+    with pytest.raises(UsageError, match="q_proj"):
+        build_model(config.model, dtype=torch.float32, attention="sdpa", seed=0)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "wsd"])
+def test_schedules(kind: str) -> None:
+    """Warm-up starts above 0, the peak is 1, the end is the minimum (constant stays)."""
+    factors = [
+        lr_factor(s, total_steps=100, warmup=10, kind=kind, min_ratio=0.1) for s in range(101)
+    ]
+    assert 0 < factors[0] < 0.2 and max(factors) == 1.0 and factors[10] == 1.0
+    assert all(a < b for a, b in pairwise(factors[:11]))
+    assert math.isclose(factors[100], 1.0 if kind == "constant" else 0.1)
+    assert all(a >= b for a, b in pairwise(factors[10:]))
+    if kind == "wsd":
+        assert factors[89] == 1.0 > factors[95]
