@@ -106,13 +106,18 @@ def build_model(
         torch.manual_seed(seed)
         peft = add_lora(causal, config=config)
     if config.enable_gradient_checkpointing:
-        causal.gradient_checkpointing_enable({"use_reentrant": False})
+        _recompute_activations(causal)
     loss_model = LossModel(causal)
     loss_model.train()
     if dtype is torch.bfloat16:
         for parameter in loss_model.parameters():
             parameter.data = parameter.data.to(dtype)
     return BuiltModel(loss_model, peft)
+
+
+def _recompute_activations(causal: Any) -> None:
+    newer = getattr(causal, "activation_checkpointing_enable", None)  # the name since 5.2x
+    (newer or causal.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def decoder_layers(causal: nn.Module) -> list[nn.Module]:

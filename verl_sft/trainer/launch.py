@@ -72,3 +72,16 @@ def _wait(child: subprocess.Popen[bytes]) -> int:
 
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> int:
+    """`python -m verl_sft.trainer.launch NPROC key=value ...`."""
+    words = sys.argv[1:]
+    if not words or not words[0].isdigit() or words[0] == "0":
+        print("usage: python -m verl_sft.trainer.launch NPROC key=value ...", file=sys.stderr)
+        return 2
+    return launch(words[1:], int(words[0]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
