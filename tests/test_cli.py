@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -44,12 +45,19 @@ def test_dry_run_prints_what_would_be_used(capsys: pytest.CaptureFixture[str]) -
     ],
 )
 def test_errors_have_their_exit_code(
-    words: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """One line on standard error that says what to do, and the documented code."""
+    """One line on standard error that says what to do, the documented code, and nothing left."""
+    monkeypatch.chdir(tmp_path)
     assert main(words) == code
     text = capsys.readouterr().err
     assert message in text and "Traceback" not in text
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_words_is_a_usage_error() -> None:

@@ -18,10 +18,7 @@ def main(words: Sequence[str]) -> int:
     from verl_sft.evaluate.metrics import table
 
     with progress("episodes") as bar:
-        report = evaluate(
-            config,
-            progress=lambda done, wins, total: bar.update(done, total, f"{wins} won"),
-        )
+        report = evaluate(config, progress=bar.update)
     print(table(report))
     print(f"policy.constrain={report['constrain']}, report: {report_path(config)}")
     return 0

@@ -159,7 +159,7 @@ def _collect(config: QuickstartConfig, paths: Paths) -> JSON:
         output=OutputConfig(dir=str(paths.out), name=data.name, rows="episode"),
     )
     with progress("episodes") as bar:
-        collect(run, progress=lambda done, wins, total: bar.update(done, total, f"{wins} won"))
+        collect(run, progress=bar.update)
     stats: JSON = json.loads((data / "stats.json").read_text(encoding="utf-8"))
     return stats
 
@@ -190,7 +190,6 @@ def _evaluate(config: QuickstartConfig, paths: Paths, model: Path, constrain: st
         env=EnvConfig(data_dir=str(paths.games), split="valid_unseen"),
         policy=PolicyConfig(name="hf", constrain=constrain, max_new_tokens=96, batch_size=32),
         rollout=RolloutConfig(
-            # An untrained model wins nothing: a few steps of every game say as much as all.
             num_episodes=config.eval_games,
             max_steps=config.max_steps,
             seed=config.seed,
@@ -199,9 +198,7 @@ def _evaluate(config: QuickstartConfig, paths: Paths, model: Path, constrain: st
     )
     run.prompt.history = run.prompt.history or "dialogue"
     with progress("episodes") as bar:
-        report = evaluate(
-            run, progress=lambda done, wins, total: bar.update(done, total, f"{wins} won")
-        )
+        report = evaluate(run, progress=bar.update)
     say(f"generation constrained to admissible actions: {constrain == 'admissible'}")
     say(table(report))
     return report

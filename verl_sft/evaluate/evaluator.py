@@ -15,7 +15,7 @@ from verl_sft.registry import ENVIRONMENTS, POLICIES, resolve
 from verl_sft.safe_io import make_output_dir, write_json
 from verl_sft.types import JSON, Episode, Step
 
-Progress = Callable[[int, int, int], None]  # episodes played, successes, episodes in all
+Progress = Callable[[int, int, str], None]  # episodes played, episodes in all, "n won"
 
 
 def evaluate(
@@ -53,7 +53,7 @@ def evaluate(
     ):
         episodes.append(episode)
         if progress is not None:
-            progress(len(episodes), sum(e.success for e in episodes), len(specs))
+            progress(len(episodes), len(specs), f"{sum(e.success for e in episodes)} won")
     order = {spec.episode_id: index for index, spec in enumerate(specs)}
     episodes.sort(key=lambda e: order[e.episode_id])
     report = {

@@ -1,0 +1,1 @@
+"""Measured figures, printed as a table; nothing here asserts a time."""
