@@ -82,12 +82,12 @@ def _raw(directory: Path) -> list[Episode]:
 
 def test_a_collection_is_complete(tmp_path: Path) -> None:
     """All files are there, rows are split by task, progress counts up, the journal is gone."""
-    seen: list[tuple[int, int, int]] = []
+    seen: list[tuple[int, int, str]] = []
     report = collect(_config(tmp_path, None), progress=lambda *now: seen.append(now))
     assert report.directory.name.startswith("sft_data_20")
     assert {p.name for p in report.directory.iterdir() if p.name[0] != "."} == OUTPUTS
     assert not (report.directory / ".journal").exists()
-    assert seen == [(n, 6, n) for n in range(7)]
+    assert seen == [(n, 6, f"{n} won") for n in range(7)]
     assert isinstance(report, CollectReport) and (report.episodes, report.errors) == (6, 0)
     train = list(read_records(report.directory / "train.parquet"))
     val = list(read_records(report.directory / "val.parquet"))
@@ -412,7 +412,7 @@ def test_a_policy_with_a_model_stops_between_decisions(
     done = collect(_config(tmp_path, "whole", policy=policy))
     assert done.episodes == 6
 
-    def interrupt(count: int, total: int, won: int) -> None:
+    def interrupt(count: int, total: int, note: str) -> None:
         if count == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -435,3 +435,18 @@ def test_arrow_types_follow_the_schema() -> None:
     assert list(spelled) == list(COLUMNS) and pa.types.is_float32(
         arrow_schema().field("reward").type
     )
+
+
+def test_the_sample_set_is_in_the_format() -> None:
+    """The rows of `data/sample` read back, CSV equals parquet, sides share no task, docs agree."""
+    data = Path(__file__).parent.parent / "data"
+    groups = []
+    for side in ("train", "val"):
+        rows = _back(data / "sample" / f"{side}.parquet")
+        assert rows and rows == _back(data / "sample" / f"{side}.csv")
+        assert all(r.success and r.response and r.action_valid for r in rows)
+        groups.append({r.group_id for r in rows})
+    assert not groups[0] & groups[1]
+    readme = (data / "README.md").read_text()
+    assert [c for c in COLUMNS if f"`{c}`" not in readme] == []
+    assert sum(p.stat().st_size for p in (data / "sample").iterdir()) < 200 * 1024

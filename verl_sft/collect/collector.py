@@ -30,7 +30,7 @@ from verl_sft.policies.base import Policy, PolicyRequest
 from verl_sft.safe_io import file_sha256, make_output_dir, run_lock
 from verl_sft.types import JSON, Completion
 
-Progress = Callable[[int, int, int], None]
+Progress = Callable[[int, int, str], None]
 EVALUATION_SPLITS = ("valid_seen", "valid_unseen")
 # Settings that do not change what is collected; a resumed run may change them.
 _FREE = {"rollout": ("num_workers", "max_errors"), "output": ("dir", "name"), "env": ("data_dir",)}
@@ -55,8 +55,8 @@ def collect(config: CollectConfig, *, progress: Progress | None = None) -> Colle
 
     Args:
         config: what to play, whom, how often, and what to keep.
-        progress: called with (episodes done, episodes planned, successes) after each episode that
-            is safely on disk.
+        progress: called with (episodes done, episodes planned, "n won") after each episode that is
+            safely on disk.
 
     Raises:
         UsageError: a name is unknown, or the directory belongs to another configuration.
@@ -66,13 +66,16 @@ def collect(config: CollectConfig, *, progress: Progress | None = None) -> Colle
         PartialError: more than `rollout.max_errors` of the episodes failed; the rest is published.
         Preempted: a signal came; finished episodes are kept (exit code 75, or 130 for Ctrl-C).
     """
-    directory = make_output_dir(_output_dir(config))
+    directory = _output_dir(config)
     identity = identity_of(config)
-    with run_lock(directory), contextlib.closing(make_environment(config)) as env:
-        if (directory / "manifest.json").exists():
-            return _conclude(_report(directory, _published(directory, identity)), config)
+    with contextlib.ExitStack() as held:
+        # What can be wrong with the games is found out before a directory is made for them.
+        env = held.enter_context(contextlib.closing(make_environment(config)))
         specs = plan_episodes(env, config)
         notes = _guard(env, specs, config)
+        held.enter_context(run_lock(make_output_dir(directory)))
+        if (directory / "manifest.json").exists():
+            return _conclude(_report(directory, _published(directory, identity)), config)
         with contextlib.closing(Journal(directory, config=identity)) as journal:
             _play_all(specs, journal=journal, config=config, directory=directory, progress=progress)
             stats = publish(
@@ -153,13 +156,13 @@ def _play_all(
     successes = sum(journal.read(s.episode_id).success for s in specs if s.episode_id in journal)
     missing = [s for s in specs if s.episode_id not in journal]
     if progress is not None:
-        progress(len(journal), len(specs), successes)
+        progress(len(journal), len(specs), f"{successes} won")
     with _stop_requests() as stop, contextlib.closing(_source(missing, config, stop)) as source:
         for episode in source if missing else ():
             journal.append(episode)
             successes += bool(episode["success"])
             if progress is not None:
-                progress(len(journal), len(specs), successes)
+                progress(len(journal), len(specs), f"{successes} won")
         if stop.signal is not None and len(journal) < len(specs):
             raise _preempted(stop.signal, directory, len(journal), len(specs))
 

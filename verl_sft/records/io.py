@@ -30,6 +30,7 @@ _GROUP_ROWS = 10_000
 _READ_ROWS = 256
 # `messages` only repeats `messages_json`, which CSV keeps.
 CSV_COLUMNS = tuple(c for c in COLUMNS if c != "messages")
+_LONG = ("messages", "messages_json", "prompt_data", "response_data", "tools_json", "meta_json")
 _CSV_SAFE = "spreadsheet_safe"
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 _OWN = frozenset({"record_id", "messages_json", "supervise"})
@@ -83,7 +84,12 @@ def parquet_writer(path: Path, *, metadata: Mapping[str, Any]) -> Iterator[Recor
     with (
         publishing(path) as temporary,
         pq.ParquetWriter(
-            temporary, schema, compression="zstd", write_page_checksum=True
+            temporary,
+            schema,
+            compression="zstd",
+            write_page_checksum=True,
+            # Of long texts they would repeat whole conversations in the footer.
+            write_statistics=[c for c in COLUMNS if c not in _LONG],
         ) as parquet,
     ):
 
