@@ -134,6 +134,21 @@ def test_dialogue_history_and_episode_rows(tmp_path: Path) -> None:
     assert "<prediction>" in str(next(read_records(report.directory / "val.parquet")).messages[-1])
 
 
+def test_equal_rows_are_kept_once(tmp_path: Path) -> None:
+    """Repeated content is dropped and counted; with `filter.dedup=false` it stays."""
+    rollout = RolloutConfig(num_workers=1, max_steps=6, num_episodes=60)
+    counts = []
+    for dedup in (True, False):
+        keep = FilterConfig(dedup=dedup)
+        config = _config(tmp_path, f"{dedup}", rollout=rollout, filter=keep, tasks=1)
+        report = collect(config)
+        ids = [r.record_id for r in read_records(report.directory / "train.parquet")]
+        counts.append((len(ids), len(set(ids)), _stats(report.directory)["duplicate_rows"]))
+    (kept, unique, dropped), (all_rows, same_unique, none) = counts
+    assert kept == unique == same_unique < all_rows
+    assert dropped == all_rows - kept and none == 0
+
+
 def test_broken_games_cost_one_episode_each(tmp_path: Path) -> None:
     """An exception, a crash, an exit, a hang and a refusal are named; the others are collected."""
     broken = {"0": "raise", "1": "kill", "2": "exit", "3": "hang", "4": "refuse"}
@@ -518,3 +533,48 @@ def test_journal_knows_its_ids_when_reopened(
             journal.append({"episode_id": ids[0]})
         journal.close()
     assert list(journal) == ids
+
+
+SHELL = ROOT / "examples" / "ppo_trainer" / "run_alfworld_sft_collection.sh"
+
+
+def _script(*words: str, cwd: Path, **variables: str) -> str:
+    done = subprocess.run(
+        ["bash", str(SHELL), *words],
+        cwd=cwd,
+        env={**os.environ, "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout + done.stderr
+
+
+def test_the_collection_script_lets_the_caller_win(tmp_path: Path) -> None:
+    """Defaults, then the caller's environment, then key=value words; from any directory."""
+    plain = _script("--dry-run", cwd=tmp_path)
+    assert "seed: 0" in plain and "template: default" in plain and "name: expert" in plain
+    own = _script(
+        "scripted", "prompt.template=add_wm2", "--dry-run", cwd=tmp_path,
+        SFT_SEED="7", PROMPT_TEMPLATE="add_wm1", SFT_REQUIRE_SUCCESS="false", NUM_EPISODES="3",
+    )  # fmt: skip
+    for line in ("seed: 7", "template: add_wm2", "name: scripted", "require_success: false"):
+        assert line in own
+    assert "num_episodes: 3" in own
+    assert "nothing to do" in _script(cwd=tmp_path, COLLECT_SFT="0")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_real_games_give_the_same_bytes_for_any_number_of_workers(
+    tmp_path: Path, real_games: Path
+) -> None:
+    """The real engine in two processes or in one: equal files, every episode won by the planner."""
+    for workers in (1, 2):
+        config = CollectConfig(
+            env=EnvConfig(data_dir=str(real_games), task_types=["look_at_obj_in_light"]),
+            policy=PolicyConfig(expert="planner"),
+            rollout=RolloutConfig(num_workers=workers, num_episodes=4),
+            output=OutputConfig(dir=str(tmp_path), name=str(workers)),
+        )
+        assert collect(config).kept == 4
+    assert _files(tmp_path / "1") == _files(tmp_path / "2")

@@ -173,7 +173,7 @@ def _source(specs: Sequence[EpisodeSpec], config: CollectConfig, stop: _Stop) ->
         yield from play_in_workers(
             specs,
             config=config,
-            num_workers=config.rollout.num_workers or os.cpu_count() or 1,
+            num_workers=config.rollout.num_workers or len(os.sched_getaffinity(0)),
             stopping=lambda: stop.signal is not None,
         )
         return
