@@ -24,8 +24,8 @@ from typing import Any
 from verl_sft.errors import InputError, MissingExtraError
 
 _HIDDEN_COMMAND = "help"  # never changes anything and would be learned as noise
-# Environments of closed engines, to be used again: each holds its own copy of the planner's library,
-# and unloading one copy while another is in use crashes the process when it ends.
+# Environments of closed engines, to be used again: each holds its own copy of the planner's
+# library, and unloading one copy while another is in use crashes the process when it ends.
 _IDLE: list[Any] = []
 _TRIVIAL_TASK = "dummy(val"  # the stand-in problem that the translator writes for hopeless goals
 
