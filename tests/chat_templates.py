@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from datetime import date
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,8 @@ from verl_sft.data.template import ChatTemplate, TokenizerSpec
 _PLAIN_TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
                "</tool_response>")  # fmt: skip
 _SPECIAL = re.compile(
-    r"<[|｜][^<>{}'\" ]{1,40}[|｜]>|\[/?[A-Z_]+\]|</?s>|<bos>|<eos>|<(?:start|end)_of_\w+>|<sop>"
+    r"<[|\uff5c][^<>{}'\" ]{1,40}[|\uff5c]>|\[/?[A-Z_]+\]|</?s>|<bos>|<eos>"
+    r"|<(?:start|end)_of_\w+>|<sop>"
     r"|<\|\"\|>|\[gMASK\]|<turn\|>|<\|turn>|<\|\w+>|<\w+\|>"
 )
 _TEXT = (
@@ -46,7 +48,9 @@ def _folder() -> Path:
 def byte_level_bpe() -> str:
     """JSON of a byte-level BPE of a few hundred merges with a Qwen-like split."""
     tokenizer = Tokenizer(models.BPE())
-    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = Regex(
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(split, behavior="isolated"),
@@ -68,7 +72,16 @@ def template_for(text: str, *, name: str = "test", eos: str | None = None) -> Ch
     """A chat template over the small tokenizer, with every control token that it spells."""
     found = sorted(set(_SPECIAL.findall(text)) - set(_PLAIN_TAGS))
     eos = eos or next(
-        (t for t in ("<|im_end|>", "<|eot_id|>", "<|return|>", "<｜end▁of▁sentence｜>") if t in found),
+        (
+            t
+            for t in (
+                "<|im_end|>",
+                "<|eot_id|>",
+                "<|return|>",
+                "<\uff5cend\u2581of\u2581sentence\uff5c>",
+            )
+            if t in found
+        ),
         "<|endoftext|>",
     )
     bos = next((t for t in ("<|begin_of_text|>", "<bos>") if t in found), "<|bos|>")
@@ -78,4 +91,5 @@ def template_for(text: str, *, name: str = "test", eos: str | None = None) -> Ch
     )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in _PLAIN_TAGS if t in text])
     special = {"bos_token": bos, "eos_token": eos, "pad_token": eos, "unk_token": "<unk>"}
-    return ChatTemplate(TokenizerSpec(tokenizer.to_str(), text, name, special))
+    today = date.today().isoformat()  # what transformers' renderer shows
+    return ChatTemplate(TokenizerSpec(tokenizer.to_str(), text, name, special, today))

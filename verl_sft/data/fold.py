@@ -48,8 +48,7 @@ def conversations(records: Iterable[SFTRecord], *, multiturn: bool) -> Iterator[
 def single_turn(record: SFTRecord) -> Conversation:
     """Prompt and response as a chat of two messages, of which the response is learned."""
     messages = record.messages
-    pair = (record.prompt, record.response)
-    if record.prompt is not None and tuple(m.content for m in messages[-2:]) != pair:
+    if record.prompt is not None:
         messages = (Message("user", record.prompt), Message("assistant", record.response))
     weight = record.weights[-1] if record.weights else 1.0
     learned = {} if record.supervise == () else {len(messages) - 1: weight}

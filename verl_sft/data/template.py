@@ -153,27 +153,46 @@ class ChatTemplate:
     @cached_property
     def string_content(self) -> bool:
         """Whether the template prints text contents (else it wants lists of content parts)."""
-        return _PROBE in self._probe(_PROBE)
+        return _PROBE in self._probe(as_list=False)
 
     @cached_property
     def stop_text(self) -> str | None:
-        """The control token that the template prints right after an answer (None: no token)."""
-        content: Any = _PROBE if self.string_content else [{"type": "text", "text": _PROBE}]
-        _, found, tail = self._probe(content).rpartition(_PROBE)
+        """The control token that ends a plain answer (None: the template prints none).
+
+        Behind an answer stands a run of control tokens. What the template prints there only at the
+        end of a conversation is not the turn's, unless it stands in the place of the turn's own.
+        """
+        as_list = not self.string_content
+        _, found, tail = self._probe(as_list=as_list).rpartition(_PROBE)
         if not found:
             raise UsageError(
                 "the chat template does not print the content of messages",
                 where=self.spec.template_name,
             )
-        match = self.added_pattern.search(tail)
-        return match.group() if match else None
+        followed = self._probe(as_list=as_list, followed=True).rpartition(_PROBE)[2]
+        stop, at = None, 0
+        for match in self.added_pattern.finditer(tail):
+            if tail[at : match.start()].strip():
+                break
+            at = match.end()
+            if stop is None or followed.startswith(tail[:at]):
+                stop = match.group()
+        return stop
 
-    def _probe(self, content: Any) -> str:
-        question: Any = "a" if isinstance(content, str) else [{"type": "text", "text": "a"}]
-        chat = [{"role": "user", "content": question}, {"role": "assistant", "content": content}]
+    def _probe(self, *, as_list: bool, followed: bool = False) -> str:
+        chat: list[dict[str, Any]] = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": _PROBE},
+            {"role": "user", "content": "b"},
+        ]
+        if as_list:
+            chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
         try:
             return self.render(
-                chat, tools=None, add_generation_prompt=False, template_kwargs={}
+                chat if followed else chat[:2],
+                tools=None,
+                add_generation_prompt=False,
+                template_kwargs={},
             ).text
         except TemplateFailure:
             return ""
@@ -249,6 +268,8 @@ def _strip_generation(text: str) -> RenderedText:
         if piece == _GENERATION[0]:
             opened = size
         elif piece == _GENERATION[1]:
+            if spans and spans[-1][1] == opened:  # some templates mark a turn in two pieces
+                opened = spans.pop()[0]
             spans.append((opened, size))
         else:
             pieces.append(piece)

@@ -1,0 +1,253 @@
+"""Every chat template of the installed `trl` wheel x conversation shapes: exact, or refused.
+
+The oracle is transformers' own renderer: a learned turn must be what the template prints for it
+behind the generation prompt, up to the stop token named here by hand for each model family.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.chat_templates import read_template, template_for, template_names
+from verl_sft.data.messages import Refused, prepare
+from verl_sft.data.render import render
+from verl_sft.data.template import ChatTemplate
+from verl_sft.data.view import RenderOptions, View
+from verl_sft.types import Message
+
+pytest.importorskip("trl", reason="trl brings the chat templates")
+from transformers.utils.chat_template_utils import render_jinja_template
+
+# The token that ends an assistant's turn, by the model makers' generation configs.
+STOPS = {
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<\uff5cend\u2581of\u2581sentence\uff5c>",
+    "diffusion_gemma": "<turn|>",
+    "gemma4": "<turn|>",
+    "gemma": "<end_of_turn>",
+    "gptoss": "<|return|>",
+    "glm4moe_training": "<|user|>",
+    "glm4moe": "",
+    "idefics3": "<end_of_utterance>",
+    "smolvlm": "<end_of_utterance>",
+    "lfm2": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "llava_next": "</s>",
+    "muse_glimmer": "<|eot|>",
+    "nemotron": "<|im_end|>",
+    "phi3": "<|end|>",
+    "qwen": "<|im_end|>",
+}
+OTHER_STOPS = {"gptoss": ("<|call|>",), "gemma4": ("<|tool_response>",),
+               "diffusion_gemma": ("<|tool_response>",), "muse_glimmer": ("<|eom|>",),
+               "glm4moe_training": ("<|observation|>",), "llama3_1": ("<|eom_id|>",)}  # fmt: skip
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Weather of a city",
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string", "description": "the city"}},
+                "required": ["city"],
+            },
+        },
+    }
+]
+
+
+def user(text: str) -> Message:
+    return Message("user", text)
+
+
+def says(text: str | None, thought: str | None = None, *calls: dict[str, Any]) -> Message:
+    return Message("assistant", text, reasoning_content=thought, tool_calls=calls or None)
+
+
+def call(city: str, number: int = 1) -> dict[str, Any]:
+    function = {"name": "get_weather", "arguments": f'{{"city": "{city}"}}'}
+    return {"type": "function", "id": f"call0000{number}", "function": function}
+
+
+def result(text: str, number: int = 1) -> Message:
+    return Message("tool", text, tool_call_id=f"call0000{number}", name="get_weather")
+
+
+SYSTEM = Message("system", "Be brief.")
+SHAPES: dict[str, list[Message]] = {
+    "plain": [user("2+2?"), says("It is 4.")],
+    "multi-turn": [user("2+2?"), says("2+2 equals 4."), user("4+4?"), says("4+4 equals 8.")],
+    "system": [SYSTEM, user("2+2?"), says("4."), user("3+3?"), says("6.")],
+    "tool call": [user("Weather?"), says(None, None, call("Paris")), result("sunny"), says("Sun.")],
+    "parallel calls": [
+        user("Weather in both?"),
+        says(None, None, call("Paris"), call("Rome", 2)),
+        result("sunny"),
+        result("rain", 2),
+        says("Sun and rain."),
+    ],
+    "text and call": [
+        user("Weather?"),
+        says("I look.", None, call("Paris")),
+        result("sunny"),
+        says("Sun."),
+    ],
+    "all think": [
+        user("2+2?"),
+        says("It is 4.", "two and two"),
+        user("3+3?"),
+        says("It is 6.", "three twice"),
+    ],
+    "some think": [user("2+2?"), says("It is 4."), user("3+3?"), says("It is 6.", "three twice")],
+    "inline thought": [user("2+2?"), says("<think>\ntwo and two\n</think>\n\nIt is 4.")],
+    "empty content": [user("2+2?"), says(""), user("again?"), says("4.")],
+    "None content": [user("2+2?"), says(None), user("again?"), says("4.")],
+    "unicode": [user("caf\u00e9 \u4f60\u597d \U0001f600?"), says("\u00fcber \U0001f44d\U0001f3fd")],
+    "control tokens": [user("<|im_end|> </tool_response> <end_of_turn>"), says("<|im_end|> no")],
+    "two users": [user("2+2?"), user("quick!"), says("4.")],
+    "ends with user": [user("2+2?"), says("4."), user("thanks")],
+    "leading newline": [user("2+2?"), says("\n\n4.")],
+}  # fmt: skip
+
+
+@cache
+def chat_template(name: str) -> ChatTemplate:
+    return template_for(read_template(name), name=name)
+
+
+def tools_of(messages: list[Message]) -> list[dict[str, Any]] | None:
+    return TOOLS if any(m.tool_calls for m in messages) else None
+
+
+def rendered(
+    template: ChatTemplate, messages: list[Message], *, tools: Any, prompt: bool, **kwargs: Any
+) -> str:
+    """The output of transformers' own renderer."""
+    rows, _ = prepare(messages, template=template, control_text="escape")
+    texts, _ = render_jinja_template(
+        conversations=[rows],
+        tools=tools,
+        chat_template=template.spec.chat_template,
+        add_generation_prompt=prompt,
+        **template.spec.special_tokens,
+        **kwargs,
+    )
+    return str(texts[0])
+
+
+def expected(template: ChatTemplate, messages: list[Message], index: int) -> tuple[str, str]:
+    """`(context, learned text)` of assistant message `index` by the oracle."""
+    tools, before = tools_of(messages), messages[:index]
+    closed = rendered(template, messages[: index + 1], tools=tools, prompt=False)
+    prompts = [rendered(template, before, tools=tools, prompt=True)]
+    m = messages[index]
+    if not m.reasoning_content and "</think>" not in str(m.content):
+        off = rendered(template, before, tools=tools, prompt=True, enable_thinking=False)
+        prompts.append(off)
+    context = max((p for p in prompts if closed.startswith(p)), key=len)
+    tail = closed[len(context) :]
+    key = max((k for k in STOPS if template.spec.template_name.startswith(k)), key=len)
+    ends = [tail.rfind(s) + len(s) for s in (STOPS[key], *OTHER_STOPS.get(key, ())) if s in tail]
+    end = max(ends) if STOPS[key] else len(tail)
+    if STOPS[key]:
+        end += tail.startswith("\n", end)
+    return context, tail[:end]
+
+
+def assert_exact(template: ChatTemplate, messages: list[Message], views: list[View]) -> None:
+    """Each learned turn is, in ids, the oracle's text behind the oracle's context."""
+    turns = [turn for view in views for turn in view.turns]
+    assert sorted(turns) == [i for i, m in enumerate(messages) if m.role == "assistant"]
+    for view in views:
+        covered = np.zeros(len(view.weights), dtype=bool)
+        for turn, (start, stop) in zip(view.turns, view.spans, strict=True):
+            context, learned = expected(template, messages, turn)
+            assert view.token_ids[:start].tolist() == template.encode(context).ids.tolist()
+            ids = template.encode(context + learned).ids
+            assert view.token_ids[:stop].tolist() == ids.tolist()
+            assert view.weights[start:stop].all()
+            covered[start:stop] = True
+        assert not view.weights[~covered].any()
+
+
+def cell(name: str, shape: str, **options: Any) -> str:
+    template, messages = chat_template(name), SHAPES[shape]
+    try:
+        views = render(
+            messages, template=template, tools=tools_of(messages), options=RenderOptions(**options)
+        )
+    except Refused as refused:
+        assert refused.reason
+        return refused.code
+    assert_exact(template, messages, views)
+    return "exact"
+
+
+def sweep() -> dict[tuple[str, str], str]:
+    """`{(template, shape): "exact" or the code of the refusal}`; raises on a wrong mask."""
+    return {(name, shape): cell(name, shape) for name in template_names() for shape in SHAPES}
+
+
+def test_every_cell_is_exact_or_refused_with_a_reason() -> None:
+    """No template and no shape yields a mask that differs from the oracle."""
+    cells = sweep()
+    counts = Counter(cells.values())
+    assert len(template_names()) >= 30
+    assert counts["exact"] >= 0.65 * len(cells), counts
+    always = [n for n in template_names() if cells[n, "plain"] == "exact"]
+    assert len(always) >= 0.8 * len(template_names()), set(template_names()) - set(always)
+
+
+NEGATIVE = ("qwen2_5.jinja", "llama3_1.jinja", "phi3.jinja", "gemma3.jinja")
+
+
+def _shift(view: View, *, start: int, stop: int) -> View:
+    weights = np.zeros_like(view.weights)
+    spans = tuple((a + start, b + stop) for a, b in view.spans)
+    for a, b in spans:
+        weights[a:b] = 1
+    return replace(view, weights=weights, spans=spans)
+
+
+@pytest.mark.parametrize("name", NEGATIVE)
+@pytest.mark.parametrize(
+    ("start", "stop"), [(1, 1), (-1, -1), (-2, 0), (0, -1), (0, -2)],
+    ids=["off by one", "off by minus one", "header", "last token", "stop token"],
+)  # fmt: skip
+def test_a_wrong_mask_turns_the_sweep_red(name: str, start: int, stop: int) -> None:
+    """Off by one, a header in the mask, a dropped stop token: none passes the oracle."""
+    template, messages = chat_template(name), SHAPES["multi-turn"]
+    views = render(messages, template=template)
+    assert_exact(template, messages, views)
+    with pytest.raises(AssertionError):
+        assert_exact(template, messages, [_shift(v, start=start, stop=stop) for v in views])
+
+
+_words = st.text("ab <>|\n.\u00e9?", min_size=1, max_size=12).filter(lambda t: t == t.strip())
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    texts=st.lists(_words, min_size=2, max_size=6).filter(lambda t: len(t) % 2 == 0),
+    name=st.sampled_from(["qwen2_5.jinja", "qwen3.jinja", "llama3.jinja", "gemma.jinja"]),
+)
+def test_any_dialogue_is_exact(texts: list[str], name: str) -> None:
+    """Random short dialogues give the oracle's ids on four families, or a merged boundary."""
+    messages = [user(t) if i % 2 == 0 else says(t) for i, t in enumerate(texts)]
+    template = chat_template(name)
+    try:
+        views = render(messages, template=template)
+    except Refused as refused:
+        assert refused.code == "merged_boundary"
+        return
+    assert_exact(template, messages, views)
