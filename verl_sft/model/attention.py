@@ -17,6 +17,7 @@ from verl_sft.errors import MissingExtraError, UsageError
 
 SPLIT = "verl_sft_split"
 VARLEN = "verl_sft_varlen"
+_QUERY_BLOCK = 256
 _CHOICES = ("auto", "sdpa", "eager", "flash_attention_2", "varlen", "split")
 
 
@@ -102,6 +103,9 @@ def split_attention(
     )
     out = []
     for q, k, v in parts:
+        if q.device.type == "cpu" and q.dtype is torch.bfloat16 and not (dropout or sliding_window):
+            out.append(_blocked(q[0], k[0], v[0], scale=scaling or q.shape[-1] ** -0.5))
+            continue
         window = None
         if sliding_window is not None and q.shape[2] > sliding_window:
             window = _window_mask(q.shape[2], sliding_window, device=q.device)
@@ -154,6 +158,31 @@ def varlen_attention(
     flat = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     out: Tensor = varlen_attn(*flat, bounds, bounds, longest, longest, **options)
     return out.unsqueeze(0), None
+
+
+def _blocked(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Causal attention of one document, [H, T, D] -> [1, T, H, D], block of queries by block.
+
+    torch's fused CPU kernel does not use the bf16 instructions: 1.6x to 2.3x slower than this.
+    """
+    heads, length, width = query.shape
+    shared = key.shape[0]  # heads that share one key head are one taller matrix
+    grouped = query.view(shared, heads // shared, length, width)
+    keys, out = key.transpose(1, 2), []
+    for start in range(0, length, _QUERY_BLOCK):
+        block = grouped[:, :, start : start + _QUERY_BLOCK]
+        rows, stop = block.shape[2], start + block.shape[2]
+        hidden = torch.full((rows, stop), float("-inf"), dtype=query.dtype).triu_(start + 1)
+        scores = torch.baddbmm(
+            hidden.repeat(heads // shared, 1).expand(shared, -1, -1),
+            block.reshape(shared, -1, width),
+            keys[:, :, :stop],
+            alpha=scale,
+        )
+        mixed = torch.bmm(scores.softmax(-1), value[:, :stop])
+        out.append(mixed.view(shared, -1, rows, width))
+    joined = torch.cat(out, dim=2) if len(out) > 1 else out[0]
+    return joined.reshape(1, heads, length, width).transpose(1, 2)
 
 
 def _lengths(kwargs: dict[str, Any], query: Tensor) -> list[int]:
