@@ -4,7 +4,6 @@ Task ids are `train/0007` and so on; `env_args` break chosen tasks in chosen way
 path in worker processes, so it needs nothing but verl_sft.
 """
 
-# ruff: noqa: D102 - the seams document these methods
 from __future__ import annotations
 
 import os
