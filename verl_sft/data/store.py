@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -171,7 +171,8 @@ class StoreWriter:
         except OSError as error:
             raise storage_error(error, self.path) from error
         sizes = {name: (self.path / name).stat().st_size for name in _FILES}
-        text = dump_json({**asdict(report), "sizes": sizes}, indent=1)
+        counts = {f.name: getattr(report, f.name) for f in fields(report)}
+        text = dump_json({**counts, "sizes": sizes}, indent=1)
         (self.path / "report.json").write_text(text, encoding="utf-8")
         (self.path / "key.json").write_text(dump_json(key, indent=1), encoding="utf-8")
 

@@ -137,6 +137,7 @@ class ChatTemplate:
         Raises:
             UnicodeError: the text holds a lone surrogate.
         """
+        text.encode("utf-8")  # the tokenizer would call a lone surrogate a type error
         if BREAK not in text:
             found = self._backend.encode(text, add_special_tokens=False)
             offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
