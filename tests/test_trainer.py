@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import signal
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,9 @@ from verl_sft.data.collate import collate
 from verl_sft.errors import UsageError
 from verl_sft.model.attention import document_kwargs, pick_attention, register_attention
 from verl_sft.model.build import build_model, probe_packing
+from verl_sft.trainer.launch import exit_code
 from verl_sft.trainer.optim import lr_factor
+from verl_sft.trainer.status import write_status
 
 CPU = torch.device("cpu")
 
@@ -131,6 +137,28 @@ def test_parity_with_a_plain_loop(model: Path, baseline: tuple[Any, Any], tmp_pa
         assert abs(float(norm) - baseline[0][step][1]) < 1e-4
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"engine__dtype": "bf16"},
+        {"engine__dtype": "bf16", "model__lora_rank": 4},
+        {"engine__dtype": "bf16", "engine__model_dtype": "bf16"},
+        {"engine__dtype": "bf16", "engine__model_dtype": "bf16", "model__lora_rank": 4},
+    ],
+)
+def test_bf16_follows_fp32(
+    model: Path, baseline: tuple[Any, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Computing in bf16, on two ranks, starts at the fp32 loss and stays near it."""
+    steps, weights = run_once(model, tmp_path / "run", size=2, **changes)
+    assert abs(steps[0][0] - baseline[0][0][0]) < 0.02
+    if "model__lora_rank" not in changes:
+        assert abs(steps[-1][0] - baseline[0][-1][0]) < 0.1
+    pure = "engine__model_dtype" in changes
+    kinds = {t.dtype for n, t in weights.items() if n.startswith("model.")}
+    assert kinds == {torch.bfloat16 if pure else torch.float32}
+
+
 def test_validation_covers_every_row(model: Path, tmp_path: Path) -> None:
     """The validation loss is the weighted mean over all rows, on any number of ranks."""
     losses = []
@@ -231,6 +259,85 @@ def _logits(model: Any, batch: Any) -> torch.Tensor:
             batch.max_seqlen,
             mode="logits",
         )
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "examples" / "sft" / "run_alfworld_sft_multiturn.sh"
+
+
+def write_data(folder: Path) -> Path:
+    """A tiny sft_data directory."""
+    from verl_sft.records.io import write_parquet
+    from verl_sft.records.schema import SFTRecord
+    from verl_sft.types import Message
+
+    folder.mkdir()
+    for split, count in (("train", 12), ("val", 3)):
+        rows = []
+        for index in range(count):
+            question, answer = f"take apple {index}", f"<action>take apple {index}</action>"
+            rows.append(
+                SFTRecord(
+                    messages=(Message("user", question), Message("assistant", answer)),
+                    record_id=f"{split}-{index}",
+                    episode_id=f"{split}-{index}",
+                    prompt=question,
+                    response=answer,
+                    prompt_template="default",
+                )
+            )
+        write_parquet(folder / f"{split}.parquet", rows)
+    return folder
+
+
+def run_script(*words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(SCRIPT), *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_script_from_data_to_export(model: Path, tmp_path: Path) -> None:
+    """The example script trains on two ranks, and its positional arguments are really used."""
+    data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    done = run_script(
+        *("2", str(out), str(data), f"model.partial_pretrain={model}"),
+        *("data.max_length=128", "data.train_batch_size=4", "trainer.total_epochs=1"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 gloo ranks" in done.stdout
+    assert (out / "global_step_3" / "manifest.json").is_file()
+    facts = json.loads((out / "huggingface" / "verl_sft.json").read_text())
+    assert facts["prompt_template"] == "default" and facts["history_style"] == "dialogue"
+    assert (out / "huggingface" / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((out / "status.json").read_text())["exit_code"] == 0
+    assert len(_lines(out / "metrics.jsonl")) == 3
+
+
+def test_script_says_what_is_wrong(tmp_path: Path) -> None:
+    """Wrong use is exit 2 and one line, from the script and through the launcher."""
+    assert run_script("2").returncode == 2
+    assert run_script("none", str(tmp_path), str(tmp_path)).returncode == 2
+    assert run_script("1", str(tmp_path), str(tmp_path / "absent")).returncode == 2
+    failed = run_script("2", str(tmp_path / "out"), str(tmp_path), "model.partial_pretrain=/absent")
+    assert failed.returncode == 2
+    assert failed.stderr.strip().splitlines() == [
+        "verl-sft: model.partial_pretrain=/absent: no such folder."
+    ]
+
+
+def test_a_killed_rank_is_a_lost_peer(tmp_path: Path) -> None:
+    """The launcher's code 1 means exit 8 where the ranks had begun and none could say why."""
+    status = tmp_path / "status.json"
+    assert exit_code(status, launcher_code=0) == 0
+    assert exit_code(status, launcher_code=1) == 1
+    write_status(tmp_path, state="running", code=None)
+    assert exit_code(status, launcher_code=1) == 8
+    write_status(tmp_path, state="failed", code=6)
+    assert exit_code(status, launcher_code=1) == 6
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
 
 
 def test_sliding_window_inside_a_document() -> None:

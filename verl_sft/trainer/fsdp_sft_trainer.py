@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -44,7 +45,7 @@ from verl_sft.trainer.inputs import (
 from verl_sft.trainer.optim import make_optimizer
 from verl_sft.trainer.sft_trainer import SFTTrainer
 from verl_sft.trainer.state import TrainState
-from verl_sft.trainer.status import write_status
+from verl_sft.trainer.status import STATUS_ENV, write_status
 from verl_sft.trainer.tracking import Tracker, plot_loss
 
 EXPORT_DIR = "huggingface"
@@ -269,9 +270,17 @@ def _ended(owned: list[Path], *, code: int, message: str, speak: bool) -> int:
 
 
 def leave(code: int) -> None:
-    """End the process now: destructors of process groups fail runs that had succeeded."""
+    """End the process now: destructors of process groups fail runs that had succeeded.
+
+    A user's error is the same on every rank and is told already; under our own launcher, which
+    reads the code from `status.json`, torchrun then has no reason to print a traceback of its own.
+    """
+    agreed = code not in (1, OutOfMemoryError.exit_code, PeerLostError.exit_code, 130)
+    if agreed and os.environ.get(STATUS_ENV):
+        code = 0
     if code == 0 and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        with contextlib.suppress(RuntimeError):  # a peer that is gone has its own exit code
+            dist.barrier()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -279,4 +288,5 @@ def leave(code: int) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
     leave(main())

@@ -44,6 +44,13 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
         return exit_code(status, launcher_code=code)
 
 
+def default_nproc() -> int:
+    """One rank per GPU, or two gloo ranks on a machine without."""
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
 def exit_code(status: Path, *, launcher_code: int) -> int:
     """The run's own code where it left one, else what the launcher's code means."""
     try:
