@@ -98,6 +98,9 @@ def test_a_template_that_rewrites_history_gives_one_view_per_break() -> None:
     assert refused(thoughts, QWEN3, options=RenderOptions(turn_view="single_pass")) == (
         "history_rewritten"
     )
+    assert refused(thoughts, QWEN3, options=RenderOptions(history_thinking="keep")) == (
+        "thoughts_not_kept"
+    )
     (last,) = render(thoughts, template=QWEN3, options=RenderOptions(turn_view="last"))
     assert last.turns == (3,)
 

@@ -71,8 +71,16 @@ class Conversation:
 
     def check_context(self, index: int) -> None:
         """Refuse if the rendering of turn `index` leaves out messages or tools before it."""
-        seen = self._history(index)
-        check_context_printed(self.turn(index).text, messages=seen, tools=self.tools)
+        seen, text = self._history(index), self.turn(index).text
+        check_context_printed(text, messages=seen, tools=self.tools)
+        if self.history_thinking == "keep" and any(
+            thought_of(row) not in text for row in seen if row["role"] == "assistant"
+        ):
+            raise Refused(
+                "thoughts_not_kept",
+                "the chat template drops the thoughts of earlier turns",
+                fix="Set data.history_thinking=template",
+            )
 
     def window(self, first: int) -> Conversation:
         """The same conversation without what lies between the system message and `first`."""
