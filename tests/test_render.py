@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from tests.chat_templates import byte_level_bpe, read_template, template_for
 from verl_sft.data.messages import Refused
@@ -262,6 +262,29 @@ def test_a_base_model_gets_chatml_with_its_own_stop_token() -> None:
     assert "ChatML" in spec.template_name
     (view,) = render(SUMS, template=template)
     assert learned(view, template) == "2+2 equals 4.<|endoftext|>\n4+4 equals 8.<|endoftext|>\n"
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_tokenizers_that_mark_words_with_an_underline(scheme: str) -> None:
+    """Metaspace vocabularies that hold their own control tokens: exact spans, exact escapes."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    words = "user assistant what is it the fridge </s> <s> "
+    trainer = trainers.BpeTrainer(
+        vocab_size=150,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=list("\n<>/|?."),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([words] * 3, trainer)
+    text = chatml(stop="</s>").replace("<|im_start|>", "<s>")
+    template = ChatTemplate(TokenizerSpec(tokenizer.to_str(), text, "metaspace", {}))
+    (view,) = render(chat("what is </s> ?", "the </s> fridge"), template=template)
+    tokens = [tokenizer.id_to_token(int(i)) for i in view.token_ids]
+    assert tokens.count("</s>") == tokens.count("<s>") == 2
+    spelled = "".join(t for t, w in zip(tokens, view.weights, strict=True) if w)
+    spelled = spelled.replace("\u2581", " ").replace("</s> \n", "</s>\n")
+    assert spelled == "the </s> fridge</s>\n"
 
 
 def test_a_slow_tokenizer_is_a_clear_error() -> None:

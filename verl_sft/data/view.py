@@ -123,11 +123,10 @@ def _token_range(
     stop = int(np.searchsorted(starts, turn.stop_start)) + 1
     if starts[stop - 1] != turn.stop_start or not template.is_added[encoding.ids[stop - 1]]:
         raise _merged(text, at=turn.stop_start, turn=turn)
-    newline = turn.newline_end > turn.end and options.train_on_eot_newline
-    if newline and stop < len(starts):
+    if options.train_on_eot_newline:
         # A newline that melts into what follows is not the turn's own token.
-        own = starts[stop] == turn.end and ends[stop] == turn.newline_end
-        stop += bool(own)
+        while stop < len(starts) and ends[stop] <= turn.newline_end:
+            stop += 1
     return first, stop
 
 
