@@ -36,7 +36,7 @@ def main() -> None:
             rate = 300 / took[workers]
             row(f"collect, {workers} worker(s)", f"{rate:.1f} episodes/s", "small games, search")
         row(
-            "collect, 1 -> 2 workers", f"{took[1] / took[2]:.2f} x", "start and publishing included"
+            "collect, 1 -> 2 workers", f"{took[1] / took[2]:.2f} x", "with start and publishing"
         )
 
 

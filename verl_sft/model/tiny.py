@@ -149,9 +149,10 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Any:
     if not distinct:
         raise InputError("no text to train the tokenizer on", where="data")
     backend = Tokenizer(models.BPE())
-    # GPT-4's split, with single digits: "object 12" must share its parts with "object 13".
+    # Qwen2's own split (single digits): AutoTokenizer gives a qwen2 model that class, whatever the
+    # folder says, so that any other split would be trained but never used.
     pattern = Regex(
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}|"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
         r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
     backend.pre_tokenizer = pre_tokenizers.Sequence(

@@ -198,7 +198,12 @@ class _Player:
         return self._go(left[0], f"{why}{none_here} To check: {listed}.")
 
     def _go(self, place: str, why: str) -> tuple[str, str]:
-        return f"go to {place}", f"{why} Go to {place}."
+        if f"go to {place}" in self.admissible:
+            return f"go to {place}", f"{why} Go to {place}."
+        if f"examine {place}" in self.admissible:  # it shares its spot with where we are
+            return f"examine {place}", f"{why} Examine {place}."
+        away = next(a for a in self.admissible if a.startswith("go to "))
+        return away, f"{why} I cannot go there. {away.capitalize()}."
 
     def _open(self, place: str, why: str) -> tuple[str, str]:
         return f"open {place}", f"{why} Open {place}."

@@ -18,7 +18,7 @@ _SEEN = re.compile(r"\b(?:on|in)(?: the)? ([a-z]+ \d+),(?: you see| there is)? (
 _SEEN_OPEN = re.compile(r"([a-z]+ \d+) is open\. In it, you see (.*?)\.", re.I)
 _CLOSED = re.compile(r"([a-z]+ \d+) is closed", re.I)
 _ACTIONS = (
-    (re.compile(r"go to (\w+ \d+)$"), "go"),
+    (re.compile(r"(?:go to|examine) (\w+ \d+)$"), "go"),
     (re.compile(r"open (\w+ \d+)$"), "open"),
     (re.compile(r"close (\w+ \d+)$"), "close"),
     (re.compile(r"take (\w+ \d+) from (\w+ \d+)$"), "take"),
@@ -140,7 +140,7 @@ class Belief:
 
     def _apply(self, verb: str, names: Sequence[str]) -> None:
         thing = names[0]
-        if verb == "go":
+        if verb == "go" and thing in self.receptacles:
             self.here = thing
         elif verb == "open":
             self.closed.discard(thing)
