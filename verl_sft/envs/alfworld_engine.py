@@ -1,7 +1,7 @@
 """The one file that touches TextWorld, fast-downward and ALFWorld: load a game, reset, step.
 
 The stock engine translates each problem four times per episode and parses the same grammar rules
-again at every step. `_shared_work` lets both be done once; what comes out is the same to the byte.
+again at every step. `_shared_work` lets both be done once; what is shown is the same to the byte.
 """
 
 from __future__ import annotations
@@ -231,7 +231,7 @@ def _keep_goal_objects(task: Any, problem: str) -> None:
     task.init = [f for f, args in facts if gone.isdisjoint(args)]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)  # bounded: each game brings a text of its own, its task
 def _symbols(text: str, rule_name: str) -> Any:
     textgen = importlib.import_module("textworld.envs.pddl.textgen")
     model = textgen._PARSER.parse(text, rule_name=rule_name)
