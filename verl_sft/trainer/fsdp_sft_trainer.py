@@ -158,7 +158,7 @@ def assemble(
             seed=config.trainer.seed,
         )
         vocabulary = int(built.causal.config.vocab_size)
-        check_vocabulary(num_tokens=len(tokenizer), vocabulary=vocabulary)
+        check_fit(inputs, model_config=built.causal.config, num_tokens=len(tokenizer))
     model = shard(
         built.loss_model,
         layers=decoder_layers(built.causal),
@@ -228,12 +228,19 @@ def find_start(
     return found
 
 
-def check_vocabulary(*, num_tokens: int, vocabulary: int) -> None:
-    """Raise if the tokenizer can give ids that the model has no embedding for."""
-    if num_tokens > vocabulary:
+def check_fit(inputs: Inputs, *, model_config: Any, num_tokens: int) -> None:
+    """Raise if the tokenizer or the longest sample is more than the model was made for."""
+    if num_tokens > model_config.vocab_size:
         raise UsageError(
-            f"the tokenizer has {num_tokens} tokens, the model knows {vocabulary}",
+            f"the tokenizer has {num_tokens} tokens, the model knows {model_config.vocab_size}",
             fix="Use the tokenizer that belongs to the model",
+        )
+    longest = int(inputs.train.lengths.max())
+    positions = getattr(model_config, "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise UsageError(
+            f"the longest sample has {longest} tokens, the model was made for {positions}",
+            fix=f"Use data.max_length={positions} with data.truncation, or another model",
         )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.errors import PeerLostError
-from verl_sft.trainer.status import STATUS_ENV
+from verl_sft.trainer.status import STATUS_ENV, write_status
 
 TARGET = "verl_sft.trainer.fsdp_sft_trainer"
 
@@ -62,8 +62,17 @@ def exit_code(status: Path, *, launcher_code: int) -> int:
         return code
     if launcher_code in (0, -signal.SIGINT, 130):
         return 0 if launcher_code == 0 else 130
-    # The ranks began and none of them could say why it ended: one was killed.
-    return PeerLostError.exit_code if left else launcher_code if launcher_code > 0 else 1
+    if not left:
+        return launcher_code if launcher_code > 0 else 1
+    error = PeerLostError(
+        "a rank was killed before it could say why (out of memory is the usual reason)",
+        fix="Run the same command again to go on from the last checkpoint",
+    )
+    print(f"verl-sft: {error}", file=sys.stderr, flush=True)
+    if left.get("directory"):
+        place = Path(left["directory"])
+        write_status(place, state="failed", code=error.exit_code, message=str(error))
+    return error.exit_code
 
 
 def _wait(child: subprocess.Popen[bytes]) -> int:

@@ -22,8 +22,8 @@ def write_status(directory: Path | None, *, state: str, code: int | None, **fact
         facts: message, step and the like.
     """
     value = {"state": state, "exit_code": code, **facts}
-    places = [directory / STATUS_FILE] if directory is not None else []
+    if directory is not None:
+        safe_io.write_json(directory / STATUS_FILE, value)
     if os.environ.get(STATUS_ENV):
-        places.append(Path(os.environ[STATUS_ENV]))
-    for place in places:
-        safe_io.write_json(place, value)
+        where = None if directory is None else str(directory.absolute())
+        safe_io.write_json(Path(os.environ[STATUS_ENV]), {**value, "directory": where})
