@@ -30,6 +30,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["verl_sft", "verl_sft.*"]),
+    package_data={"verl_sft.audit": ["page.html", "page.css", "page.js"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "transformers>=5.3",

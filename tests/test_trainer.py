@@ -311,6 +311,8 @@ def test_script_from_data_to_export(model: Path, tmp_path: Path) -> None:
     assert (out / "huggingface" / "adapter" / "adapter_config.json").is_file()
     assert json.loads((out / "status.json").read_text())["exit_code"] == 0
     assert len(_lines(out / "metrics.jsonl")) == 3
+    audit = json.loads((out / "audit.json").read_text())["lines"]
+    assert len(audit) == 5 and "\n".join(audit) in done.stdout
 
 
 def test_script_says_what_is_wrong(tmp_path: Path) -> None:

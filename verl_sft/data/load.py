@@ -43,6 +43,7 @@ def load_samples(
     cache_dir: Path,
     num_workers: int | None = None,
     max_samples: int = -1,
+    check: bool = True,
 ) -> SampleStore:
     """Open the token cache of these files, building it first where it does not exist.
 
@@ -55,6 +56,7 @@ def load_samples(
         cache_dir: where caches are kept.
         num_workers: tokenising processes; default `config.num_workers`, else one per core.
         max_samples: rows to read at most; -1: all.
+        check: as `check_store`; without it a store of any quality is opened.
 
     Raises:
         InputError: too many rows were refused, nothing is left, or a row is too long under
@@ -70,8 +72,44 @@ def load_samples(
             limit = None if max_samples < 0 else max_samples
             _build(path, files, spec=spec, config=config, workers=workers, limit=limit, key=key)
     store = SampleStore(path)
-    _check(store, config=config)
+    if check:
+        check_store(store, config=config)
     return store
+
+
+def check_store(store: SampleStore, *, config: DataConfig) -> None:
+    """Raise if the samples are not what may be trained on.
+
+    Raises:
+        InputError: too many rows were refused, nothing is left, or a row is too long under
+            `data.truncation=error`.
+    """
+    report, journal = store.report, store.path / "rejected.jsonl"
+    fraction = report.num_rejected / max(report.rows, 1)
+    reasons = ", ".join(f"{code} {count}" for code, count in report.rejected.most_common(5))
+    if report.rejected["too_long"] and config.truncation == "error":
+        raise InputError(
+            f"{report.rejected['too_long']} of {report.rows} rows have more than "
+            f"data.max_length={config.max_length} tokens",
+            where=str(journal),
+            why="data.truncation is 'error'",
+            fix="Raise data.max_length, or set data.truncation=oldest_turns, left, right or drop",
+        )
+    if fraction > config.max_reject_fraction:
+        raise InputError(
+            f"{report.num_rejected} of {report.rows} rows were refused ({reasons})",
+            where=str(journal),
+            why=f"More than data.max_reject_fraction={config.max_reject_fraction}",
+            fix="The file says for each row what to change",
+        )
+    if len(store) == 0:
+        dropped = ", ".join(f"{code} {count}" for code, count in report.dropped.most_common(5))
+        raise InputError(
+            f"nothing is left to train on, of {report.rows} rows",
+            where=str(journal),
+            why=", ".join(filter(None, (reasons, dropped))),
+            fix="Check data.train_files and the reasons in this file",
+        )
 
 
 def _build(
@@ -97,12 +135,16 @@ def _build(
                      "reason": bad.message, "fix": bad.fix}
                 )  # fmt: skip
 
-            records = read_records(files, options=_read_options(config), reject=refuse)
+            records = read_records(files, options=read_options(config), reject=refuse)
             chats = conversations(islice(records, limit), multiturn=config.multiturn.enable)
             options = RenderOptions.from_config(config)
             for chunk in tokenise_all(chats, spec=spec, options=options, num_workers=workers):
                 writer.add(
-                    chunk.ids, weights=chunk.weights, lengths=chunk.lengths, names=chunk.names
+                    chunk.ids,
+                    weights=chunk.weights,
+                    lengths=chunk.lengths,
+                    names=chunk.names,
+                    flags=chunk.flags,
                 )
                 for row in chunk.refused:
                     writer.reject(row)
@@ -136,36 +178,8 @@ def _building(path: Path) -> Iterator[bool]:
         os.close(lock)
 
 
-def _check(store: SampleStore, *, config: DataConfig) -> None:
-    report, journal = store.report, store.path / "rejected.jsonl"
-    fraction = report.num_rejected / max(report.rows, 1)
-    reasons = ", ".join(f"{code} {count}" for code, count in report.rejected.most_common(5))
-    if report.rejected["too_long"] and config.truncation == "error":
-        raise InputError(
-            f"{report.rejected['too_long']} of {report.rows} rows have more than "
-            f"data.max_length={config.max_length} tokens",
-            where=str(journal),
-            why="data.truncation is 'error'",
-            fix="Raise data.max_length, or set data.truncation=oldest_turns, left, right or drop",
-        )
-    if fraction > config.max_reject_fraction:
-        raise InputError(
-            f"{report.num_rejected} of {report.rows} rows were refused ({reasons})",
-            where=str(journal),
-            why=f"More than data.max_reject_fraction={config.max_reject_fraction}",
-            fix="The file says for each row what to change",
-        )
-    if len(store) == 0:
-        dropped = ", ".join(f"{code} {count}" for code, count in report.dropped.most_common(5))
-        raise InputError(
-            f"nothing is left to train on, of {report.rows} rows",
-            where=str(journal),
-            why=", ".join(filter(None, (reasons, dropped))),
-            fix="Check data.train_files and the reasons in this file",
-        )
-
-
-def _read_options(config: DataConfig) -> ReadOptions:
+def read_options(config: DataConfig) -> ReadOptions:
+    """Which columns hold what, out of the `data` section."""
     prompt, response = config.prompt_dict_keys, config.response_dict_keys
     return ReadOptions(
         multiturn=config.multiturn.enable,
@@ -188,7 +202,7 @@ def _cache_key(
     return {
         "code": _code_version(),
         "tokenizer": tokenizer,
-        "read": asdict(_read_options(config)),
+        "read": asdict(read_options(config)),
         "render": asdict(RenderOptions.from_config(config)),
         "max_samples": max_samples,
         "files": [[file.name, file_sha256(file)] for file in files],

@@ -3,6 +3,7 @@
 <cache_dir>/<key>/ids.i32 weights.f32   all samples behind one another, unshifted
                   offsets.i64           where each begins, and the end
                   names.bin names.i64   `record_id LF source` of each sample
+                  flags.u8              TRUNCATED, LOST_STOP and SPLIT of each sample
                   rejected.jsonl        rows that were refused, with reason and fix
                   report.json key.json  counts; everything that the tokens depend on
 """
@@ -15,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,20 +25,26 @@ from verl_sft.data.sample import TokenizedSample, learned_spans
 from verl_sft.errors import StorageError
 from verl_sft.safe_io import dump_json, storage_error
 
-_FILES = ("ids.i32", "weights.f32", "offsets.i64", "names.bin", "names.i64")
+TRUNCATED, LOST_STOP, SPLIT = 1, 2, 4  # SPLIT: one of several views of its conversation
+_FILES = ("ids.i32", "weights.f32", "offsets.i64", "names.bin", "names.i64", "flags.u8")
+_BLOCK = 1024  # samples looked at together
 
 
 @dataclass(slots=True)
 class LoadReport:
     """What became of the rows.
 
-    `rows` were read, `folded` of them went into a longer row of their episode; `rejected` and
-    `dropped` count rows by reason (dropped: too long under `data.truncation=drop`).
+    `rows` were read, `folded` of them went into a longer row of their episode; `split` of the
+    `samples` are one of several views of a conversation; `turns` were learned, `lost_stops` of
+    them without their stop token; `rejected` and `dropped` count rows by reason (dropped: too long
+    under `data.truncation=drop`).
     """
 
     rows: int = 0
     folded: int = 0
     samples: int = 0
+    split: int = 0
+    turns: int = 0
     tokens: int = 0
     learned_tokens: int = 0
     truncated: int = 0
@@ -83,6 +90,7 @@ class SampleStore:
         self._offsets = _mapped(path / "offsets.i64", dtype=np.int64)
         self._names = _mapped(path / "names.bin", dtype=np.uint8)
         self._name_offsets = _mapped(path / "names.i64", dtype=np.int64)
+        self.flags = _mapped(path / "flags.u8", dtype=np.uint8)
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
@@ -98,8 +106,7 @@ class SampleStore:
             raise IndexError(f"sample {index} of {len(self)}")
         ids = self._ids[self._offsets[index] : self._offsets[index + 1]]
         weights = self._weights[self._offsets[index] + 1 : self._offsets[index + 1]]
-        name = self._names[self._name_offsets[index] : self._name_offsets[index + 1]]
-        record_id, _, source = name.tobytes().decode("utf-8", "surrogatepass").partition("\n")
+        record_id, source = self._name(index)
         return TokenizedSample(
             record_id=record_id,
             input_ids=ids[:-1],
@@ -109,15 +116,27 @@ class SampleStore:
             spans=learned_spans(weights),
         )
 
+    def source(self, index: int) -> str:
+        """`file:row` of the record that a sample was made from."""
+        return self._name(index)[1]
+
+    def _name(self, index: int) -> tuple[str, str]:
+        name = self._names[self._name_offsets[index] : self._name_offsets[index + 1]]
+        record_id, _, source = name.tobytes().decode("utf-8", "surrogatepass").rpartition("\n")
+        return record_id, source
+
     def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[index] for index in range(len(self)))
 
     def num_learned(self) -> npt.NDArray[np.int64]:
         """Learned tokens of each sample, int64 [N]; reads all weights once."""
-        total = np.zeros(len(self._weights) + 1, dtype=np.int64)
-        np.cumsum(self._weights != 0, out=total[1:])
-        firsts = self._weights[self._offsets[:-1]] != 0
-        counts: npt.NDArray[np.int64] = np.diff(total[self._offsets]) - firsts
+        counts = np.zeros(len(self), dtype=np.int64)
+        for first in range(0, len(self), _BLOCK):
+            starts = self._offsets[first : first + _BLOCK + 1]
+            learned = self._weights[starts[0] : starts[-1]] != 0
+            starts = starts[:-1] - starts[0]
+            learned[starts] = False  # nothing says the first token
+            counts[first : first + _BLOCK] = np.add.reduceat(learned, starts, dtype=np.int64)
         return counts
 
 
@@ -127,8 +146,8 @@ class StoreWriter:
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True)
         self.path = path
-        self._ids, self._weights, self._names = (
-            (path / name).open("wb") for name in ("ids.i32", "weights.f32", "names.bin")
+        self._ids, self._weights, self._names, self._flags = (
+            (path / name).open("wb") for name in ("ids.i32", "weights.f32", "names.bin", "flags.u8")
         )
         self._rejected = (path / "rejected.jsonl").open("w", encoding="utf-8")
         self._offsets, self._name_offsets = [0], [0]
@@ -142,15 +161,25 @@ class StoreWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for stream in (self._ids, self._weights, self._names, self._rejected):
+        for stream in self._streams():
             stream.close()
 
+    def _streams(self) -> tuple[IO[Any], ...]:
+        return self._ids, self._weights, self._names, self._flags, self._rejected
+
     def add(
-        self, ids: bytes, *, weights: bytes, lengths: Sequence[int], names: Sequence[str]
+        self,
+        ids: bytes,
+        *,
+        weights: bytes,
+        lengths: Sequence[int],
+        names: Sequence[str],
+        flags: Sequence[int],
     ) -> None:
         """Append samples whose tokens lie behind one another (int32 and float32 bytes)."""
         self._ids.write(ids)
         self._weights.write(weights)
+        self._flags.write(bytes(flags))
         for length, name in zip(lengths, names, strict=True):
             self._offsets.append(self._offsets[-1] + length)
             encoded = name.encode("utf-8", "surrogatepass")
@@ -166,7 +195,7 @@ class StoreWriter:
         np.array(self._offsets, dtype=np.int64).tofile(self.path / "offsets.i64")
         np.array(self._name_offsets, dtype=np.int64).tofile(self.path / "names.i64")
         try:
-            for stream in (self._ids, self._weights, self._names, self._rejected):
+            for stream in self._streams():
                 stream.close()
         except OSError as error:
             raise storage_error(error, self.path) from error
@@ -182,6 +211,8 @@ _SUMS = (
     "rows",
     "folded",
     "samples",
+    "split",
+    "turns",
     "tokens",
     "learned_tokens",
     "truncated",

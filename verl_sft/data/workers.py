@@ -16,7 +16,7 @@ import numpy as np
 from verl_sft.data.fold import Conversation
 from verl_sft.data.messages import Refused
 from verl_sft.data.render import render
-from verl_sft.data.store import LoadReport
+from verl_sft.data.store import LOST_STOP, SPLIT, TRUNCATED, LoadReport
 from verl_sft.data.template import ChatTemplate, TokenizerSpec
 from verl_sft.data.view import RenderOptions, View
 from verl_sft.errors import OutOfMemoryError
@@ -37,6 +37,7 @@ class Tokenised:
     weights: bytes = b""
     lengths: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    flags: list[int] = field(default_factory=list)
     refused: list[JSON] = field(default_factory=list)
     counts: LoadReport = field(default_factory=LoadReport)
 
@@ -137,7 +138,13 @@ def _take(chat: Conversation, found: list[View], *, views: list[View], done: Tok
         views.append(view)
         done.lengths.append(size)
         done.names.append(f"{chat.record_id}\n{chat.source}")
+        split = len(found) > 1
+        done.flags.append(
+            TRUNCATED * view.truncated + LOST_STOP * (view.lost_stops > 0) + SPLIT * split
+        )
         counts.samples += 1
+        counts.split += split
+        counts.turns += len(view.turns)
         counts.tokens += size - 1
         counts.longest = max(counts.longest, size - 1)
         counts.learned_tokens += int(np.count_nonzero(view.weights[1:]))

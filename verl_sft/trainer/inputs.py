@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.config.train import TrainConfig
+from verl_sft.data.audit import audit_figures, audit_lines
 from verl_sft.data.load import load_samples
 from verl_sft.data.plan import EpochPlan, plan_epoch, validation_plan
 from verl_sft.data.store import SampleStore
@@ -18,7 +19,7 @@ from verl_sft.distributed.setup import World
 from verl_sft.errors import UsageError
 from verl_sft.model.build import model_fingerprint
 from verl_sft.records.io import resolve_files
-from verl_sft.safe_io import content_hash, file_sha256
+from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.sft_trainer import RunPlan
 
 _TEMPLATE_COLUMN = "prompt_template"
@@ -102,6 +103,11 @@ def load_inputs(
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
         val = read(val_files, data.val_max_samples) if val_files else None
+    with together(world):
+        if world.is_main:
+            lines = audit_lines(train)
+            say("\n".join(lines))
+            write_json(directory / "audit.json", {"lines": lines, "figures": audit_figures(train)})
     count, batch = len(train.lengths), data.train_batch_size
     if count < batch:
         say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
