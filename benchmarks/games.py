@@ -31,7 +31,7 @@ def play_games(folder: str, expert: str, episodes: int) -> tuple[float, float]:
         policy=PolicyConfig(expert=expert),
         rollout=RolloutConfig(num_episodes=episodes),
     )
-    env = make_alfworld(config.env, expert=expert == "planner")
+    env = make_alfworld(config.env)
     specs = plan_episodes(env, config)
     started = time.perf_counter()
     won = [

@@ -33,8 +33,9 @@ def games(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _make(folder: Path, **env_args: object) -> AlfworldEnvironment:
-    return make_alfworld(EnvConfig(data_dir=str(folder)), **env_args)
+def _make(folder: Path, *, expert: bool = True, **env_args: object) -> AlfworldEnvironment:
+    config = EnvConfig(data_dir=str(folder), expert_actions=expert)
+    return make_alfworld(config, **env_args)
 
 
 def _win(env: AlfworldEnvironment, task_id: str) -> list[float]:
@@ -78,7 +79,7 @@ def test_what_is_observed(games: Path) -> None:
 
 
 def test_without_expert_nothing_is_planned(games: Path) -> None:
-    """`expert=False` saves the planner's time and reveals nothing."""
+    """Without `expert_actions` the environment saves the planner's time and reveals nothing."""
     env = _make(games, expert=False)
     assert env.reset(env.task_ids("train")[0], seed=0).expert_action is None
     env.close()
@@ -209,7 +210,7 @@ _REPLAY = """
 import hashlib, sys
 from verl_sft.config.collect import EnvConfig
 from verl_sft.envs.alfworld import make_alfworld
-env = make_alfworld(EnvConfig(data_dir=sys.argv[1]))
+env = make_alfworld(EnvConfig(data_dir=sys.argv[1], expert_actions=True))
 digest = hashlib.sha256()
 for task_id in env.task_ids("train")[::4]:
     seen = env.reset(task_id, seed=1)
@@ -263,7 +264,7 @@ def test_intro_is_split() -> None:
 
 def test_public_games_play_in_their_own_wording(real_games: Path) -> None:
     """One public game per task type is won; it is "put X in/on Y", as its grammar has it."""
-    env = make_alfworld(EnvConfig(data_dir=str(real_games)))
+    env = make_alfworld(EnvConfig(data_dir=str(real_games), expert_actions=True))
     first = {env.task_type(t): t for t in reversed(env.task_ids("valid_unseen"))}
     assert set(first) == set(TASK_TYPES)
     for task_type, task_id in sorted(first.items()):

@@ -20,6 +20,7 @@ class StopReason(StrEnum):
     TERMINATED = "terminated"  # the environment reached an end state, won or lost
     TRUNCATED = "truncated"  # the environment's own limit
     MAX_STEPS = "max_steps"  # `rollout.max_steps`
+    INVALID = "invalid"  # `rollout.max_invalid` invalid answers in a row
     ENV_ERROR = "env_error"  # reset or step raised, crashed or hung
     POLICY_ERROR = "policy_error"  # no usable completion after all retries
     ABORTED = "aborted"  # the run was told to stop

@@ -51,6 +51,7 @@ class RolloutSettings:
     history_style: HistoryStyle
     history_length: int
     max_steps: int
+    max_invalid: int | None = None
     batch_size: int = 1
 
     @classmethod
@@ -62,6 +63,7 @@ class RolloutSettings:
             history_style=HistoryStyle(config.prompt.history),
             history_length=config.prompt.history_length,
             max_steps=config.rollout.max_steps,
+            max_invalid=config.rollout.max_invalid,
             batch_size=1 if config.policy.name == "expert" else config.policy.batch_size,
         )
 
@@ -81,7 +83,7 @@ def plan_episodes(env: Environment, config: CollectConfig) -> tuple[EpisodeSpec,
         "policy": [policy.name, policy.expert, policy.noise, policy.constrain, policy.model],
         "sampling": [policy.temperature, policy.top_p, policy.max_new_tokens],
         "prompt": [config.prompt.template, config.prompt.history, config.prompt.history_length],
-        "max_steps": config.rollout.max_steps,
+        "limits": [config.rollout.max_steps, config.rollout.max_invalid],
     }
     specs = []
     for index in range(total):
@@ -212,6 +214,14 @@ class _Running:
             self.stop = StopReason.TRUNCATED
         elif len(self.steps) >= self.settings.max_steps:
             self.stop = StopReason.MAX_STEPS
+        elif self._gave_up():
+            self.stop = StopReason.INVALID
+
+    def _gave_up(self) -> bool:
+        limit = self.settings.max_invalid
+        if limit is None or len(self.steps) < limit:
+            return False
+        return not any(step.action_valid for step in self.steps[-limit:])
 
     def _record(self, completion: Completion, parsed: ParsedAction, result: StepResult) -> Step:
         template = self.settings.prompt

@@ -6,7 +6,6 @@ before every environment call, `{"episode": ...}`. It dies with its parent and l
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -20,11 +19,10 @@ from verl_sft.config.collect import CollectConfig
 from verl_sft.envs.base import Environment
 from verl_sft.errors import VerlSftError
 from verl_sft.policies.base import Policy
+from verl_sft.processes import die_with_parent
 from verl_sft.registry import ENVIRONMENTS, POLICIES, resolve
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Observation, StepResult, StopReason
-
-_PR_SET_PDEATHSIG = 1
 
 
 def make_environment(config: CollectConfig) -> Environment:
@@ -42,7 +40,7 @@ def make_policy(config: CollectConfig) -> Policy:
 
 def main(parent: int) -> None:
     """Serve the process `parent` until it closes our standard input."""
-    _die_with(parent)
+    die_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Libraries print to standard output; the protocol gets a descriptor of its own.
     channel = os.fdopen(os.dup(1), "w", encoding="ascii")
@@ -119,11 +117,3 @@ def config_from_json(tree: JSON) -> CollectConfig:
         assert callable(part.default_factory)
         parts[part.name] = type(part.default_factory())(**tree[part.name])
     return CollectConfig(**parts)
-
-
-def _die_with(parent: int) -> None:
-    """Be killed by the kernel when the process `parent` ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it was gone before we asked
-        os._exit(1)

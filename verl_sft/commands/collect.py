@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from verl_sft.commands.common import progress, read_words
+from verl_sft.commands.common import progress, read_words, say
 from verl_sft.config.collect import CollectConfig
 
 
@@ -18,5 +18,12 @@ def main(words: Sequence[str]) -> int:
 
     with progress("episodes") as bar:
         report = collect(config, progress=bar.update)
-    print(report)
+    for note in report.notes:
+        say(note)
+    errors = f", {report.errors} failed (see stats.json)" if report.errors else ""
+    print(
+        f"{report.episodes} episodes, {report.successes} won, {report.kept} kept{errors}: "
+        f"{report.rows_train} train rows, {report.rows_val} val rows"
+    )
+    print(report.directory)
     return 0

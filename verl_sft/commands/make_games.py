@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from verl_sft.commands.common import progress, read_words
+from verl_sft.commands.common import progress, read_words, say
 from verl_sft.config.collect import MakeGamesConfig
 
 
@@ -17,5 +17,8 @@ def main(words: Sequence[str]) -> int:
 
     with progress("games") as bar:
         report = make_games(config, progress=bar.update)
-    print(report)
+    for name in report.skipped:
+        say(f"skipped: {name}")
+    print(f"{len(report.games)} games, {report.made} of them new")
+    print(report.out)
     return 0

@@ -16,6 +16,7 @@ class EnvConfig:
     data_dir: str | None = None  # the folder that holds json_2.1.1/; default $ALFWORLD_DATA
     split: str = "train"  # train | valid_seen | valid_unseen
     task_types: list[str] = field(default_factory=list)  # empty: all
+    expert_actions: bool = False  # plan at every step; policy.expert=planner switches it on
     step_timeout: float = 60.0  # seconds for one reset or step, then the worker is replaced
 
     def __post_init__(self) -> None:
@@ -66,6 +67,7 @@ class RolloutConfig:
 
     num_episodes: int | None = None  # default: each task of the split once
     max_steps: int = 50
+    max_invalid: int | None = None  # invalid answers in a row after which an episode is given up
     seed: int = 0
     num_workers: int | None = None  # default: the number of cores
     max_errors: float = 0.5  # share of failed episodes above which the run is called failed
@@ -75,6 +77,8 @@ class RolloutConfig:
             at_least("rollout.num_episodes", self.num_episodes, 1)
         if self.num_workers is not None:
             at_least("rollout.num_workers", self.num_workers, 1)
+        if self.max_invalid is not None:
+            at_least("rollout.max_invalid", self.max_invalid, 1)
         at_least("rollout.max_steps", self.max_steps, 1)
         fraction("rollout.max_errors", self.max_errors)
 
@@ -121,6 +125,10 @@ class CollectConfig:
     filter: FilterConfig = field(default_factory=FilterConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     env_args: dict[str, Any] = field(default_factory=dict)  # passed to the environment as they are
+
+    def __post_init__(self) -> None:
+        if self.policy.name == "expert" and self.policy.expert == "planner":
+            self.env.expert_actions = True
 
 
 @dataclass

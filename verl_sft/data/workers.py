@@ -20,6 +20,7 @@ from verl_sft.data.store import LOST_STOP, SPLIT, TRUNCATED, LoadReport
 from verl_sft.data.template import ChatTemplate, TokenizerSpec
 from verl_sft.data.view import RenderOptions, View
 from verl_sft.errors import OutOfMemoryError
+from verl_sft.processes import die_with_parent
 from verl_sft.types import JSON
 
 _CHUNK = 32  # conversations per task: the sum of their tokens is what a worker holds
@@ -169,6 +170,7 @@ _options = RenderOptions()
 
 def _start(spec: TokenizerSpec, options: RenderOptions) -> None:
     global _template, _options
+    die_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _template, _options = ChatTemplate(spec), options
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from verl_sft.errors import UsageError
 
-_PR_SET_PDEATHSIG = 1
 TIMEOUT = timedelta(minutes=30)  # the first rank may tokenise while the others wait
 
 
@@ -85,13 +81,3 @@ def setup_world(wanted: str = "auto", *, store: Store | None = None) -> World:
         ranks = "1 process" if size == 1 else f"{size} gloo ranks"
         print(f"no GPU is used: training with {ranks} on the CPU", flush=True)
     return World(rank=rank, size=size, device=device, mesh=mesh)
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its launcher dies (Linux; elsewhere nothing)."""
-    if not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the request
-        os._exit(1)

@@ -23,20 +23,19 @@ def make_alfworld(config: EnvConfig, **env_args: Any) -> AlfworldEnvironment:
     """ALFWorld's text games from `config.data_dir`, filtered by `config.task_types`.
 
     Args:
-        config: `data_dir`, `task_types`.
-        env_args: `expert` (bool, default True): plan at every step, for `expert_action`.
+        config: `data_dir`, `task_types`; `expert_actions` asks for a plan at every step.
+        env_args: none are known.
 
     Raises:
         MissingExtraError: `alfworld` is not installed.
         UsageError: no data folder given, an unknown task type or argument.
         InputError: the data folder has no games.
     """
-    expert = env_args.pop("expert", True)
     if env_args:
         raise UsageError(f"unknown env_args for alfworld: {', '.join(sorted(env_args))}")
     types = check_task_types(config.task_types)
     root = find_root(config.data_dir)
-    return AlfworldEnvironment(root, task_types=types, engine=Engine(expert=bool(expert)))
+    return AlfworldEnvironment(root, task_types=types, engine=Engine(expert=config.expert_actions))
 
 
 class AlfworldEnvironment:

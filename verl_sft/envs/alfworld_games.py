@@ -37,6 +37,7 @@ from verl_sft.envs.alfworld_engine import Engine
 from verl_sft.envs.alfworld_problem import game_text, traj_text
 from verl_sft.envs.alfworld_rooms import load_room, tables
 from verl_sft.errors import InputError, UsageError
+from verl_sft.processes import die_with_parent
 from verl_sft.safe_io import (
     AppendLog,
     dump_json,
@@ -267,7 +268,9 @@ def _mapper(workers: int) -> Iterator[Callable[..., Iterator[dict[str, Any]]]]:
         yield map
         return
     # Not fork: the planner's library and the caller's threads do not survive it.
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=get_context("spawn"), initializer=die_with_parent
+    )
     try:
         yield pool.map
     finally:

@@ -11,7 +11,7 @@ from verl_sft.config.collect import CollectConfig, EvaluateConfig, PromptConfig
 from verl_sft.errors import UsageError
 from verl_sft.evaluate.metrics import summarise
 from verl_sft.policies.hf_local import prompt_of_model
-from verl_sft.registry import ENVIRONMENTS, POLICIES, resolve
+from verl_sft.registry import ENVIRONMENTS, POLICIES, PROMPTS, resolve
 from verl_sft.safe_io import make_output_dir, write_json
 from verl_sft.types import JSON, Episode, Step
 
@@ -90,8 +90,8 @@ def as_rollout(config: EvaluateConfig) -> CollectConfig:
     asked = config.prompt
     default = PromptConfig()
     prompt = PromptConfig(
-        template=asked.template or trained.get("prompt_template") or default.template,
-        history=asked.history or trained.get("history") or default.history,
+        template=asked.template or _trained_template(trained) or default.template,
+        history=asked.history or trained.get("history_style") or default.history,
         history_length=_first(
             asked.history_length, trained.get("history_length"), default.history_length
         ),
@@ -103,6 +103,19 @@ def as_rollout(config: EvaluateConfig) -> CollectConfig:
         rollout=config.rollout,
         env_args=config.env_args,
     )
+
+
+def _trained_template(trained: JSON) -> str | None:
+    """The name behind the export's `name@version`; another version is another prompt."""
+    label = str(trained.get("prompt_template") or "")
+    name = label.partition("@")[0]
+    if name in PROMPTS and (known := resolve("prompt template", name, PROMPTS).label) != label:
+        raise UsageError(
+            f"the model was trained with the prompt {label}, this version has {known}",
+            why="Another wording is another task",
+            fix=f"Set prompt.template={name} to evaluate it all the same",
+        )
+    return name or None
 
 
 def report_path(config: EvaluateConfig) -> Path:

@@ -17,7 +17,7 @@ from verl_sft.safe_io import make_output_dir, publish_dir
 # hidden, intermediate, layers, heads, key-value heads; parameters without embeddings in the comment
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "nano": (64, 128, 2, 4, 2),  # 0.07M
-    "tiny": (256, 704, 4, 4, 2),  # 3M
+    "tiny": (256, 704, 4, 4, 4),  # 3M
     "small": (384, 1024, 8, 6, 2),  # 12M
     "base": (768, 2048, 14, 12, 4),  # 90M
 }

@@ -84,11 +84,13 @@ class HFPolicy:
     """Greedy or sampled answers; a pure function of each request up to float rounding."""
 
     def __init__(self, model: Any, tokenizer: Any, config: PolicyConfig) -> None:
+        from verl_sft.policies.kv_cache import KVRows
+
         self.name = f"hf-{Path(config.model or 'model').name}"
         self._model, self._tokenizer, self._config = model, tokenizer, config
         self._limit = int(getattr(model.config, "max_position_embeddings", 1 << 30))
         self._stop = _stop_tokens(model, tokenizer)
-        self._cache = KVRows()
+        self._cache = KVRows(model)
 
     def complete(self, requests: Sequence[PolicyRequest]) -> list[Completion]:
         """One completion per request; a prompt too long for the model is an error on its own."""
@@ -115,7 +117,6 @@ class HFPolicy:
     def _generate(self, chats: list[_Chat]) -> None:
         import torch
 
-        device = self._model.device
         cache = self._cache
         kept = cache.select([c.request.episode_id for c in chats], [c.prompt for c in chats])
         generators = [
@@ -124,7 +125,7 @@ class HFPolicy:
         ]
         feed = [chat.prompt[count:] for chat, count in zip(chats, kept, strict=True)]
         for _ in range(self._config.max_new_tokens):
-            logits = cache.forward(self._model, feed, device)
+            logits = cache.forward(feed)
             feed = []
             for row, (chat, generator) in enumerate(zip(chats, generators, strict=True)):
                 feed.append([] if chat.done else self._pick(chat, logits[row], generator))
@@ -198,102 +199,9 @@ class HFPolicy:
         )
 
 
-class KVRows:
-    """The key-value cache of a batch of chats of different lengths.
-
-    A column of the cache is real for some rows and a hole for others; holes are masked, so every
-    row sees exactly its own tokens at its own positions.
-    """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._ids: list[list[int]] = []
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []  # each [B, heads, T, D]
-        self._real: torch.Tensor | None = None  # bool [B, T]
-
-    def select(self, names: Sequence[str], prompts: Sequence[Sequence[int]]) -> list[int]:
-        """Make the cache hold these chats, in order, cut back to what their prompts start with.
-
-        Returns how many leading tokens of each prompt are held (at least one is always left).
-        """
-        import torch
-
-        old = {name: row for row, name in enumerate(self._names)}
-        kept = []
-        for name, prompt in zip(names, prompts, strict=True):
-            held = self._ids[old[name]] if name in old else []
-            kept.append(min(_common_prefix(held, prompt), len(prompt) - 1))
-        width = max(kept)
-        if self._real is not None and width:
-            pick = torch.zeros((len(names), width), dtype=torch.long)
-            for row, (name, count) in enumerate(zip(names, kept, strict=True)):
-                if count:
-                    columns = self._real[old[name]].nonzero()[:count, 0]
-                    pick[row, width - count :] = columns.cpu()
-            rows = torch.tensor([old.get(name, 0) for name in names])[:, None]
-            self._layers = [
-                (keys[rows, :, pick].transpose(1, 2), values[rows, :, pick].transpose(1, 2))
-                for keys, values in self._layers
-            ]
-        else:
-            self._layers = []
-        columns_left = torch.arange(width)[None, :]
-        self._real = columns_left >= width - torch.tensor(kept)[:, None]
-        self._names = list(names)
-        self._ids = [list(p[:count]) for p, count in zip(prompts, kept, strict=True)]
-        return kept
-
-    def forward(
-        self, model: Any, feed: Sequence[Sequence[int]], device: torch.device
-    ) -> torch.Tensor:
-        """Read the next tokens of every chat (none for a finished one); logits `[B, V]`."""
-        import torch
-        from transformers import DynamicCache
-
-        assert self._real is not None
-        width = max(1, max(len(tokens) for tokens in feed))
-        ids = torch.zeros((len(feed), width), dtype=torch.long)
-        real = torch.zeros((len(feed), width), dtype=torch.bool)
-        position = torch.zeros((len(feed), width), dtype=torch.long)
-        for row, tokens in enumerate(feed):
-            if tokens:
-                start = len(self._ids[row])
-                ids[row, -len(tokens) :] = torch.tensor(tokens)
-                real[row, -len(tokens) :] = True
-                position[row, -len(tokens) :] = torch.arange(start, start + len(tokens))
-                self._ids[row].extend(tokens)
-        past = self._real.shape[1]
-        self._real = torch.cat([self._real, real], dim=1)
-        causal = torch.ones((width, past + width), dtype=torch.bool).tril(past)
-        # A hole attends to itself: a query that sees nothing would be NaN and spread.
-        itself = torch.eye(width, past + width, dtype=torch.bool).roll(past, dims=1)
-        mask = (self._real[:, None, None, :] & causal) | itself
-        cache = DynamicCache(ddp_cache_data=self._layers) if self._layers else DynamicCache()
-        output = model(
-            input_ids=ids.to(device),
-            attention_mask=mask.to(device),
-            position_ids=position.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self._layers = [(layer.keys, layer.values) for layer in cache.layers]
-        logits: torch.Tensor = output.logits[:, -1]
-        return logits
-
-
 def hash_seed(seed: int, step: int) -> int:
     """A generator seed for one step of one episode."""
     return (seed * 1_000_003 + step) % 2**63
-
-
-def _common_prefix(held: Sequence[int], prompt: Sequence[int]) -> int:
-    count = 0
-    for a, b in zip(held, prompt, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:

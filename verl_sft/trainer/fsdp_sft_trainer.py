@@ -20,7 +20,7 @@ from verl_sft import safe_io
 from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.reduce import together
-from verl_sft.distributed.setup import World, die_with_parent, setup_world
+from verl_sft.distributed.setup import World, setup_world
 from verl_sft.distributed.sharding import compute_dtype, reshard, shard
 from verl_sft.errors import OutOfMemoryError, PeerLostError, Preempted, UsageError, VerlSftError
 from verl_sft.export.hf import export_hf
@@ -33,6 +33,7 @@ from verl_sft.model.build import (
     model_path,
     probe_packing,
 )
+from verl_sft.processes import die_with_parent
 from verl_sft.trainer import checkpoint
 from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.inputs import (
