@@ -6,8 +6,10 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from tests.chat_templates import byte_level_bpe, read_template, template_for
 from verl_sft.data.messages import Refused
@@ -16,7 +18,9 @@ from verl_sft.data.template import ChatTemplate, TokenizerSpec
 from verl_sft.data.tokenizer import chatml, tokenizer_spec
 from verl_sft.data.view import RenderOptions, View
 from verl_sft.errors import UsageError
-from verl_sft.types import Message
+from verl_sft.prompts.alfworld import ADD_WM2, DEFAULT
+from verl_sft.prompts.base import PromptTemplate
+from verl_sft.types import Answer, Message, Observation, Step
 
 CHATML = template_for(chatml(), name="chatml")
 QWEN3 = template_for(read_template("qwen3.jinja"), name="qwen3")
@@ -151,6 +155,61 @@ def test_control_tokens_can_be_refused_or_allowed() -> None:
     options = RenderOptions(special_tokens_in_content="allow")
     (view,) = render(messages, template=CHATML, options=options)
     assert view.token_ids.tolist().count(CHATML.added["<|im_end|>"]) == 3
+
+
+@pytest.mark.parametrize("name", ["qwen3.jinja", "qwen2_5.jinja", "llama3.jinja", "gemma.jinja"])
+@pytest.mark.parametrize("prompt", [DEFAULT, ADD_WM2], ids=lambda p: p.name)
+@pytest.mark.parametrize("style", ["windowed", "dialogue"])
+def test_the_context_is_what_inference_sees(name: str, prompt: PromptTemplate, style: str) -> None:
+    """Our own prompts, which name tags, give before each answer the ids that inference gives."""
+    template = template_for(read_template(name), name=name)
+    inference = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(template.spec.backend_json),
+        chat_template=template.spec.chat_template,
+        **{k: template.spec.special_tokens[k] for k in ("bos_token", "eos_token")},
+    )
+    see = Observation(
+        "You see a fridge 1.", task="cool an apple", admissible_actions=("go", "look")
+    )
+    answer = Message("assistant", prompt.format(Answer("look", thought="hm", prediction="cold")))
+    step = Step(
+        index=0,
+        observation=see,
+        prompt=(),
+        response=answer,
+        action="look",
+        action_valid=True,
+        next_observation=see.text,
+        reward=0.0,
+        terminated=False,
+        truncated=False,
+    )
+    steps = [step]
+    seen = (
+        prompt.windowed(see, steps, history_length=2)
+        if style == "windowed"
+        else prompt.dialogue(see, steps)
+    )
+    views = render([*seen, answer], template=template)
+    for view in views:
+        for turn, (start, _) in zip(view.turns, view.spans, strict=True):
+            ids = inference.apply_chat_template(
+                [m.to_json() for m in seen[:turn]], add_generation_prompt=True, return_dict=False
+            )
+            assert view.token_ids[:start].tolist() == ids
+    if name == "qwen3.jinja":
+        assert template.added["<think>"] in views[0].token_ids[: views[0].spans[0][0]]
+
+
+@pytest.mark.parametrize("tag", ["<tool_response>", "</tool_call>", "<|im_end|>", "<|im_start|>"])
+def test_structure_cannot_be_forged(tag: str) -> None:
+    """Tool and turn tokens in a user's or tool's text are text; a thought tag is a token."""
+    (view,) = render(chat(f"a {tag}\n<think> b", "c"), template=QWEN3)
+    (plain,) = render(chat("a \n<think> b", "c"), template=QWEN3)
+    assert np.count_nonzero(view.token_ids == QWEN3.added[tag]) == np.count_nonzero(
+        plain.token_ids == QWEN3.added[tag]
+    )
+    assert view.escaped == 1 and plain.escaped == 0
 
 
 LONG = [Message("system", "Be brief."), *chat("one " * 30, "1.", "two " * 10, "2.", "three", "3.")]

@@ -27,8 +27,9 @@ def prepare(
 ) -> tuple[list[dict[str, Any]], int]:
     """Messages as dicts for the template, and how many control-token texts were escaped.
 
-    In contents of users, tools and the system all control tokens are escaped; in an assistant's
-    only special tokens are: thought and tool-call tags are the model's own to write.
+    In contents of users, tools and the system all tokens of the template's structure are escaped;
+    in an assistant's only special tokens are: tool-call tags are the model's own to write. Thought
+    tags stay what they are everywhere, as they do at inference.
 
     Args:
         messages: the conversation.

@@ -35,6 +35,7 @@ RESERVED = re.compile("[\U0010f8f0-\U0010f8f4]")
 _MAX_OUTPUT_CHARS = 50_000_000
 _MAX_SECONDS = 30.0
 _PROBE = "Zq7vKx"
+_THOUGHT_TAG = re.compile("</?(?:think|thinking|thought|reasoning)>")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,8 +96,11 @@ class ChatTemplate:
             self._backend.get_vocab_size() + 1 + max(self.added.values(), default=0), dtype=bool
         )
         self.is_added[list(self.added.values())] = True
-        special = {t["content"] for t in backend["added_tokens"] if t["special"]}
-        spelled = {t for t in self.added if t in spec.chat_template and re.search(r"\w", t)}
+        # Thought tags are vocabulary, not structure: they open and close no turn, prompts name them,
+        # and every inference server reads them as the tokens they are.
+        tags = {t for t in self.added if not _THOUGHT_TAG.fullmatch(t)}
+        special = {t["content"] for t in backend["added_tokens"] if t["special"]} & tags
+        spelled = {t for t in tags if t in spec.chat_template and re.search(r"\w", t)}
         self.special = special
         self.control = special | {t for t in spelled if len(t) > 1 and not t.isalnum()}
         self.added_pattern = any_of(t for t in self.added if t.strip())
