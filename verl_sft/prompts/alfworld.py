@@ -21,6 +21,7 @@ _STATE_WITH_HISTORY = (
     "You are now at step {current_step} and your current observation is: {observation}\n"
     "Your admissible actions now are: {actions}.\n"
 )
+_TURN = "{observation}\nAdmissible actions: {actions}."
 _THINK = "First reason step by step about the situation inside <think> </think>.\n"
 _OBSERVE = (
     "Then describe inside <observation> </observation> only what is visible now: facts, no guesses "
@@ -53,8 +54,8 @@ def _template(name: str, tags: tuple[str, ...], rules: str) -> PromptTemplate:
         tags=tags,
         opening=f"{_ROLE}\n{_STATE}\nIt is your turn to act.\n{rules}",
         with_history=f"{_ROLE}\n{_STATE_WITH_HISTORY}\nIt is your turn to act.\n{rules}",
-        first_turn=f"{_ROLE}\n{rules}\n\n{_STATE}".rstrip("\n"),
-        next_turn="{observation}\nYour admissible actions now are: {actions}.",
+        first_turn=f"{_ROLE}\n{rules}\n\nYour task is to: {{task}}\n{_TURN}",
+        next_turn=_TURN,
         shorten=shorten_observation,
     )
 

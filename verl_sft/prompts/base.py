@@ -121,13 +121,13 @@ class PromptTemplate:
         text = (self.first_turn if first else self.next_turn).format(
             task=observation.task,
             observation=observation.text,
-            actions=quoted_actions(observation.admissible_actions),
+            actions=", ".join(observation.admissible_actions),
         )
         return Message("user", text)
 
 
 def quoted_actions(actions: Sequence[str]) -> str:
-    """The admissible actions as the prompts list them."""
+    """The admissible actions as a windowed prompt lists them (a dialogue spends fewer tokens)."""
     return "[" + ",\n ".join(f"'{action}'" for action in actions) + "]"
 
 
