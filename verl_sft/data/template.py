@@ -1,39 +1,32 @@
 """A chat template and its tokenizer without transformers: text from messages, ids from text.
 
 `TokenizerSpec` is plain data, so tokenising worker processes start without importing transformers.
-Templates are a stranger's programs: they run in jinja's immutable sandbox with a limit on output
-and time.
+Templates are a stranger's programs: they run in `sandbox.Sandbox`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.sandbox
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from verl_sft.data.sample import Int32Array
+from verl_sft.data.sandbox import GENERATION, Sandbox
 from verl_sft.errors import UsageError
 
 # Private-use characters: never text, untouched by normalisers, refused in contents.
 BREAK = "\U0010f8f0"  # inside a control token's text that must stay text
-_GENERATION = ("\U0010f8f1", "\U0010f8f2")  # around {% generation %} blocks
 _ALIAS = ("\U0010f8f3", "\U0010f8f4")
 RESERVED = re.compile("[\U0010f8f0-\U0010f8f4]")
 
-_MAX_OUTPUT_CHARS = 50_000_000
-_MAX_SECONDS = 30.0
 _PROBE = "Zq7vKx"
 _THOUGHT_TAG = re.compile("</?(?:think|thinking|thought|reasoning)>")
 
@@ -79,8 +72,9 @@ class ChatTemplate:
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
+        self._sandbox = Sandbox(spec.today)
         try:
-            self._template = _environment(spec.today).from_string(spec.chat_template)
+            self._template = self._sandbox.from_string(spec.chat_template)
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid jinja: {error.message}",
@@ -96,8 +90,8 @@ class ChatTemplate:
             self._backend.get_vocab_size() + 1 + max(self.added.values(), default=0), dtype=bool
         )
         self.is_added[list(self.added.values())] = True
-        # Thought tags are vocabulary, not structure: they open and close no turn, prompts name them,
-        # and every inference server reads them as the tokens they are.
+        # Thought tags are vocabulary, not structure: they open and close no turn, prompts name
+        # them, and every inference server reads them as the tokens they are.
         tags = {t for t in self.added if not _THOUGHT_TAG.fullmatch(t)}
         special = {t["content"] for t in backend["added_tokens"] if t["special"]} & tags
         spelled = {t for t in tags if t in spec.chat_template and re.search(r"\w", t)}
@@ -122,18 +116,13 @@ class ChatTemplate:
         values = {**self.spec.special_tokens, **template_kwargs}
         values.update(messages=messages, tools=tools or None, documents=None)
         values["add_generation_prompt"] = add_generation_prompt
-        pieces, size, stop = [], 0, time.monotonic() + _MAX_SECONDS
         try:
-            for piece in self._template.generate(values):
-                pieces.append(piece)
-                size += len(piece)
-                if size > _MAX_OUTPUT_CHARS or time.monotonic() > stop:
-                    raise TemplateFailure("the chat template ran out of its limits")
+            text = self._sandbox.run(self._template, values)
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise TemplateFailure(str(error) or type(error).__name__) from error
         except (IndexError, ArithmeticError, RecursionError, MemoryError) as error:
             raise TemplateFailure(f"{type(error).__name__}: {error}") from error
-        return _strip_generation("".join(pieces))
+        return _strip_generation(text)
 
     def encode(self, text: str) -> Encoding:
         """Tokenise a rendered text; control tokens broken by `BREAK` are encoded as plain text.
@@ -264,15 +253,15 @@ def any_of(tokens: Any) -> re.Pattern[str]:
 
 
 def _strip_generation(text: str) -> RenderedText:
-    if _GENERATION[0] not in text:
+    if GENERATION[0] not in text:
         return RenderedText(text)
     pieces: list[str] = []
     spans: list[tuple[int, int]] = []
     size, opened = 0, 0
-    for piece in re.split(f"([{_GENERATION[0]}{_GENERATION[1]}])", text):
-        if piece == _GENERATION[0]:
+    for piece in re.split(f"([{GENERATION[0]}{GENERATION[1]}])", text):
+        if piece == GENERATION[0]:
             opened = size
-        elif piece == _GENERATION[1]:
+        elif piece == GENERATION[1]:
             if spans and spans[-1][1] == opened:  # some templates mark a turn in two pieces
                 opened = spans.pop()[0]
             spans.append((opened, size))
@@ -280,38 +269,3 @@ def _strip_generation(text: str) -> RenderedText:
             pieces.append(piece)
             size += len(piece)
     return RenderedText("".join(pieces), tuple(spans))
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`: the template's own claim of what is learned."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja's own attribute)
-
-    def parse(self, parser: Any) -> Any:
-        """Wrap the block's output in marks; positions would not survive captures and macros."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        call = self.call_method("_wrap", [])
-        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-    def _wrap(self, caller: Any) -> str:
-        return f"{_GENERATION[0]}{caller()}{_GENERATION[1]}"
-
-
-def _environment(today: str) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    day = datetime.combine(date.fromisoformat(today), datetime.min.time())
-
-    def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-        # jinja's own filter escapes HTML.
-        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
-
-    def raise_exception(message: str) -> Iterator[str]:
-        raise jinja2.TemplateError(message)
-
-    environment.filters["tojson"] = to_json
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = day.strftime
-    return environment
