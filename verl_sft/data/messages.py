@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from verl_sft.data.template import BREAK, RESERVED, ChatTemplate, any_of
+from verl_sft.data.encoder import BREAK, any_of
+from verl_sft.data.template import RESERVED, ChatTemplate
 from verl_sft.types import Message
 
 THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)

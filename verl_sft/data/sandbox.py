@@ -66,6 +66,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.globals["strftime_now"] = day.strftime
         self.filters["tojson"] = _to_json
         self.filters = {name: self._limited(f) for name, f in self.filters.items()}
+        self.filters.update(_tick=self._tick_filter, _kept=self._kept, _joined=self._joined)
 
     def run(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
         """The output of a template.
@@ -86,8 +87,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 )
         return "".join(pieces)
 
-    def tick(self) -> None:
-        """Charge one turn of a loop or call of a macro."""
+    def _tick(self) -> None:
+        """Charge one turn of a loop, call of a macro or of a filter."""
         local = self._local
         local.turns += 1
         late = local.turns % 16 == 0 and time.thread_time() > local.end
@@ -96,20 +97,16 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
                 f"the chat template takes more than {_MAX_SECONDS:g} s or {_MAX_TURNS} loop turns"
             )
 
-    def concat_values(self, *values: Any) -> str:
-        """`a ~ b`, charged."""
-        texts = [str(self._checked(v)) for v in values]
-        self._charge(sum(map(len, texts)))
-        return "".join(texts)
-
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An arithmetic operator, refused where its result would be huge."""
-        for this, other in ((left, right), (right, left)):
-            if operator == "*" and isinstance(this, int) and isinstance(other, Sized):
-                self._charge(max(this, 0) * len(other))
+        if operator == "+":
+            return self._charged(left + right)
         if operator == "%" and isinstance(left, str):
             _check_format(left, right)
         if operator in ("*", "**"):
+            for this, other in ((left, right), (right, left)):
+                if isinstance(this, int) and isinstance(other, Sized):
+                    self._charge(max(this, 0) * len(other))
             _check_power(left, right, is_power=operator == "**")
         return self._charged(super().call_binop(context, operator, left, right))
 
@@ -122,13 +119,28 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return self._charged(super().call(context, obj, *args, **kwargs))
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+        """The syntax tree with charges in it, as filters: those cost no sandboxed call."""
         tree = super()._parse(source, name, filename)
-        marks = self.extensions[_Marks.identifier]
         loops: list[Any] = [*tree.find_all(jinja2.nodes.For), *tree.find_all(jinja2.nodes.Macro)]
         for node in loops:
-            tick = jinja2.nodes.ExprStmt(marks.call_method("tick", lineno=node.lineno))
-            node.body.insert(0, tick.set_lineno(node.lineno))
-        return _ConcatCalls(marks).visit(tree)  # type: ignore[no-any-return]
+            charge = _filter(jinja2.nodes.Const(None), "_tick", line=node.lineno)
+            node.body.insert(0, jinja2.nodes.ExprStmt(charge).set_lineno(node.lineno))
+        for block in tree.find_all(jinja2.nodes.AssignBlock):
+            block.filter = _filter(block.filter, "_kept", line=block.lineno)
+        return _ConcatFilters().visit(tree)  # type: ignore[no-any-return]
+
+    @jinja2.pass_context  # a filter that knows the context is not taken for a constant
+    def _tick_filter(self, _: Any, value: Any) -> Any:
+        self._tick()
+        return value
+
+    @jinja2.pass_context
+    def _kept(self, _: Any, value: Any) -> Any:
+        return self._charged(value)
+
+    @jinja2.pass_context
+    def _joined(self, _: Any, *values: Any) -> Any:
+        return self._charged("".join([str(self._checked(v)) for v in values]))
 
     def _check_text_method(self, text: str, method: str, args: Sequence[Any]) -> None:
         if method in _PADDING:
@@ -150,7 +162,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
         @functools.wraps(run)
         def limited(*args: Any, **kwargs: Any) -> Any:
-            self.tick()
+            self._tick()
             texts = [a for a in args if isinstance(a, str)]
             if run.__name__ in _PADDING:
                 _check_numbers((*args, *kwargs.values()))
@@ -172,7 +184,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _checked(self, value: Any) -> Any:
         """A value that is about to be spelled out, however often its parts are shared."""
-        if isinstance(value, str | int | float | None):
+        if isinstance(value, str) or value is None or isinstance(value, int | float):
             return value
         open_, count = [value], 0
         while open_:
@@ -186,7 +198,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return value
 
     def _charged(self, value: Any) -> Any:
-        if isinstance(value, str | list | tuple):
+        if isinstance(value, (str, list, tuple)):
             self._charge(len(value))
         return value
 
@@ -197,10 +209,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 class _Marks(jinja2.ext.Extension):
-    """`{% generation %}...{% endgeneration %}`, and the calls that `Sandbox` puts into templates.
+    """`{% generation %}...{% endgeneration %}`: the template's own claim of what is learned.
 
-    The first is the template's own claim of what is learned, wrapped in marks that survive captures
-    and macros. Calls of an extension cannot be renamed by a template.
+    Its output is wrapped in marks, because positions would not survive captures and macros.
     """
 
     tags = {"generation"}  # noqa: RUF012  (jinja's own attribute)
@@ -215,26 +226,24 @@ class _Marks(jinja2.ext.Extension):
         """The block's output between marks."""
         return f"{GENERATION[0]}{caller()}{GENERATION[1]}"
 
-    def tick(self) -> str:
-        """As `Sandbox.tick`."""
-        self.environment.tick()  # type: ignore[attr-defined]
-        return ""
 
-    def concat(self, *values: Any) -> str:
-        """As `Sandbox.concat_values`."""
-        return str(self.environment.concat_values(*values))  # type: ignore[attr-defined]
-
-
-class _ConcatCalls(jinja2.visitor.NodeTransformer):
-    """Turns `a ~ b` into a charged call."""
-
-    def __init__(self, marks: jinja2.ext.Extension) -> None:
-        self._marks = marks
+class _ConcatFilters(jinja2.visitor.NodeTransformer):
+    """Turns `a ~ b` into a charged filter."""
 
     def visit_Concat(self, node: jinja2.nodes.Concat) -> jinja2.nodes.Node:
         """Replace one concatenation."""
         self.generic_visit(node)
-        return self._marks.call_method("concat", node.nodes, lineno=node.lineno)
+        return _filter(node.nodes[0], "_joined", line=node.lineno, rest=node.nodes[1:])
+
+
+def _filter(
+    node: jinja2.nodes.Expr | None,
+    name: str,
+    *,
+    line: int,
+    rest: Sequence[jinja2.nodes.Expr] = (),
+) -> jinja2.nodes.Filter:
+    return jinja2.nodes.Filter(node, name, list(rest), [], None, None, lineno=line)
 
 
 def _check_numbers(values: Sequence[Any]) -> None:

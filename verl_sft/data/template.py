@@ -6,7 +6,6 @@ Templates are a stranger's programs: they run in `sandbox.Sandbox`.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,18 +13,12 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 import jinja2
-import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer
 
-from verl_sft.data.sample import Int32Array
+from verl_sft.data.encoder import Encoder, Encoding, any_of
 from verl_sft.data.sandbox import GENERATION, Sandbox
 from verl_sft.errors import UsageError
 
-# Private-use characters: never text, untouched by normalisers, refused in contents.
-BREAK = "\U0010f8f0"  # inside a control token's text that must stay text
-_ALIAS = ("\U0010f8f3", "\U0010f8f4")
-RESERVED = re.compile("[\U0010f8f0-\U0010f8f4]")
+RESERVED = re.compile("[\U0010f8f0-\U0010f8f4]")  # the private characters of this package
 
 _PROBE = "Zq7vKx"
 _THOUGHT_TAG = re.compile("</?(?:think|thinking|thought|reasoning)>")
@@ -54,15 +47,6 @@ class RenderedText:
     generation: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """Token ids (int32 [T]) and the half-open character range of each (int64 [T])."""
-
-    ids: Int32Array
-    starts: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.int64]
-
-
 class TemplateFailure(Exception):
     """The template refused the conversation, failed on it, or ran out of its limits."""
 
@@ -80,20 +64,12 @@ class ChatTemplate:
                 f"the chat template is not valid jinja: {error.message}",
                 where=f"{spec.template_name}:{error.lineno}",
             ) from error
-        backend = json.loads(spec.backend_json)
-        # Post-processors add tokens and trim offsets; here text and offsets must be the template's.
-        backend.update(post_processor=None, truncation=None, padding=None)
-        self._backend_dict = backend
-        self._backend = Tokenizer.from_str(json.dumps(backend))
-        self.added: dict[str, int] = {t["content"]: t["id"] for t in backend["added_tokens"]}
-        self.is_added = np.zeros(
-            self._backend.get_vocab_size() + 1 + max(self.added.values(), default=0), dtype=bool
-        )
-        self.is_added[list(self.added.values())] = True
+        self._encoder = Encoder(spec.backend_json)
+        self.added, self.is_added = self._encoder.added, self._encoder.is_added
         # Thought tags are vocabulary, not structure: they open and close no turn, prompts name
         # them, and every inference server reads them as the tokens they are.
         tags = {t for t in self.added if not _THOUGHT_TAG.fullmatch(t)}
-        special = {t["content"] for t in backend["added_tokens"] if t["special"]} & tags
+        special = self._encoder.special & tags
         spelled = {t for t in tags if t in spec.chat_template and re.search(r"\w", t)}
         self.special = special
         self.control = special | {t for t in spelled if len(t) > 1 and not t.isalnum()}
@@ -125,21 +101,8 @@ class ChatTemplate:
         return _strip_generation(text)
 
     def encode(self, text: str) -> Encoding:
-        """Tokenise a rendered text; control tokens broken by `BREAK` are encoded as plain text.
-
-        Raises:
-            UnicodeError: the text holds a lone surrogate.
-        """
-        text.encode("utf-8")  # the tokenizer would call a lone surrogate a type error
-        if BREAK not in text:
-            found = self._backend.encode(text, add_special_tokens=False)
-            offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
-            return Encoding(np.array(found.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
-        # Real control tokens take private names, so that the spelled ones mean nothing.
-        aliased, places = self._alias_text(text)
-        found = self._aliased.encode(aliased, add_special_tokens=False)
-        offsets = places[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
-        return Encoding(np.array(found.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
+        """As `Encoder.encode`."""
+        return self._encoder.encode(text)
 
     def _encode_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.encode(text).ids.tolist())
@@ -190,66 +153,6 @@ class ChatTemplate:
             ).text
         except TemplateFailure:
             return ""
-
-    def _alias_text(self, text: str) -> tuple[str, npt.NDArray[np.int64]]:
-        """The text with aliases and without breaks, and the place in `text` of each character."""
-        pieces: list[str] = []
-        places: list[npt.NDArray[np.int64]] = []
-
-        def add(piece: str, at: npt.NDArray[np.int64]) -> None:
-            pieces.append(piece)
-            places.append(at)
-
-        names = self._alias_names
-        at = 0
-        for match in re.finditer(f"{BREAK}|{self._all_added.pattern}", text):
-            start, end = match.span()
-            add(text[at:start], np.arange(at, start))
-            at = end
-            if match.group() != BREAK:
-                name = names[match.group()]
-                inside = np.full(len(name), start)
-                add(name, inside)
-        add(text[at:], np.arange(at, len(text)))
-        places.append(np.array([len(text)]))
-        return "".join(pieces), np.concatenate(places).astype(np.int64)
-
-    @cached_property
-    def _all_added(self) -> re.Pattern[str]:
-        return any_of(self.added)
-
-    @cached_property
-    def _alias_names(self) -> dict[str, str]:
-        return {t: f"{_ALIAS[0]}{chr(0x100000 + i)}{_ALIAS[1]}" for i, t in enumerate(self.added)}
-
-    @cached_property
-    def _aliased(self) -> Tokenizer:
-        names = self._alias_names
-        backend = json.loads(json.dumps(self._backend_dict))
-        for token in backend["added_tokens"]:
-            token["content"] = names[token["content"]]
-        model = backend["model"]
-        vocab = model["vocab"]
-        if isinstance(vocab, dict):
-            model["vocab"] = {names.get(t, t): i for t, i in vocab.items()}
-        else:
-            model["vocab"] = [[names.get(t, t), score] for t, score in vocab]
-        if model.get("unk_token") in names:
-            model["unk_token"] = names[model["unk_token"]]
-        aliased = Tokenizer.from_str(json.dumps(backend))
-        for token, name in names.items():
-            if aliased.token_to_id(name) != self.added[token]:
-                raise UsageError(
-                    f"control tokens in contents cannot be escaped with this tokenizer ({token!r})",
-                    fix="Set data.special_tokens_in_content=error or allow",
-                )
-        return aliased
-
-
-def any_of(tokens: Any) -> re.Pattern[str]:
-    """A pattern that matches any of the given strings, the longest first."""
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _strip_generation(text: str) -> RenderedText:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from verl_sft.config.train import DataConfig
+from verl_sft.data.encoder import Encoding
 from verl_sft.data.messages import Refused
 from verl_sft.data.sample import Float32Array, Int32Array
-from verl_sft.data.template import ChatTemplate, Encoding
+from verl_sft.data.template import ChatTemplate
 from verl_sft.data.turns import Conversation, Turn, part_ranges
 
 
