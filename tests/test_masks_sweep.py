@@ -148,13 +148,15 @@ def rendered(
 def expected(template: ChatTemplate, messages: list[Message], index: int) -> tuple[str, str]:
     """`(context, learned text)` of assistant message `index` by the oracle."""
     tools, before = tools_of(messages), messages[:index]
-    closed = rendered(template, messages[: index + 1], tools=tools, prompt=False)
-    prompts = [rendered(template, before, tools=tools, prompt=True)]
     m = messages[index]
-    if not m.reasoning_content and "</think>" not in str(m.content):
-        off = rendered(template, before, tools=tools, prompt=True, enable_thinking=False)
-        prompts.append(off)
-    context = max((p for p in prompts if closed.startswith(p)), key=len)
+    thinks = m.reasoning_content or "</think>" in str(m.content)
+    modes: list[dict[str, Any]] = [{}] if thinks else [{}, {"enable_thinking": False}]
+    for mode in modes:  # a thought that nobody thought is never learned
+        closed = rendered(template, messages[: index + 1], tools=tools, prompt=False, **mode)
+        prompts = [rendered(template, before, tools=tools, prompt=True, **m) for m in modes]
+        context = max((p for p in prompts if closed.startswith(p)), key=len)
+        if thinks or not closed[len(context) :].lstrip().startswith(("<think>", "</think>")):
+            break
     tail = closed[len(context) :]
     key = max((k for k in STOPS if template.spec.template_name.startswith(k)), key=len)
     ends = [tail.rfind(s) + len(s) for s in (STOPS[key], *OTHER_STOPS.get(key, ())) if s in tail]
@@ -203,7 +205,7 @@ def test_every_cell_is_exact_or_refused_with_a_reason() -> None:
     cells = sweep()
     counts = Counter(cells.values())
     assert len(template_names()) >= 30
-    assert counts["exact"] >= 0.65 * len(cells), counts
+    assert counts["exact"] >= 0.75 * len(cells), counts
     always = [n for n in template_names() if cells[n, "plain"] == "exact"]
     assert len(always) >= 0.8 * len(template_names()), set(template_names()) - set(always)
 

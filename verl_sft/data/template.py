@@ -136,7 +136,20 @@ class ChatTemplate:
                 stop = match.group()
         return stop
 
-    def _probe(self, *, as_list: bool, followed: bool = False) -> str:
+    @cached_property
+    def header_text(self) -> str:
+        """What the generation prompt adds to a user's message: an answer's header."""
+        chat = self._probe_chat(as_list=not self.string_content)[:1]
+        try:
+            texts = [
+                self.render(chat, tools=None, add_generation_prompt=p, template_kwargs={}).text
+                for p in (False, True)
+            ]
+        except TemplateFailure:
+            return ""
+        return texts[1].removeprefix(texts[0]) if texts[1].startswith(texts[0]) else ""
+
+    def _probe_chat(self, *, as_list: bool) -> list[dict[str, Any]]:
         chat: list[dict[str, Any]] = [
             {"role": "user", "content": "a"},
             {"role": "assistant", "content": _PROBE},
@@ -144,6 +157,10 @@ class ChatTemplate:
         ]
         if as_list:
             chat = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in chat]
+        return chat
+
+    def _probe(self, *, as_list: bool, followed: bool = False) -> str:
+        chat = self._probe_chat(as_list=as_list)
         try:
             return self.render(
                 chat if followed else chat[:2],

@@ -16,12 +16,14 @@ from verl_sft.data.messages import (
     Refused,
     answer_of,
     check_context_printed,
+    text_of,
     thought_of,
     without_thought,
 )
 from verl_sft.data.template import ChatTemplate, RenderedText, TemplateFailure
 
-_EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>")
+_EMPTY_THOUGHT = re.compile(r"\s*(?:<think>)?\s*</think>")
+_NO_THINKING = {"enable_thinking": False}
 _KEEP_THOUGHTS = {"preserve_thinking": True, "clear_thinking": False, "keep_past_thinking": True}
 
 
@@ -103,34 +105,62 @@ class Conversation:
         return _shared_chars(*texts)
 
     def _locate(self, index: int) -> Turn:
+        """The turn with thinking as asked for; an answer without a thought may be one without.
+
+        Where the template would make such an answer think nothing, it was produced with thinking
+        switched off: then prompt and conversation are both rendered in that mode.
+        """
+        try:
+            return self._locate_in(index, mode={})
+        except Refused as refused:
+            if refused.code != "injected_thought" or not self._may_be_thoughtless(index):
+                raise
+            try:
+                return self._locate_in(index, mode=_NO_THINKING)
+            except Refused:
+                raise refused from None
+
+    def _locate_in(self, index: int, *, mode: Mapping[str, Any]) -> Turn:
         row = self.rows[index]
-        rendered = self._render([*self._history(index), row], prompt=False)
+        rendered = self._render([*self._history(index), row], prompt=False, extra=mode)
         text = rendered.text
-        start = self._start(index, text=text)
+        start = self._start(index, text=text, mode=mode)
         end, stop_start = self._end(text, start=start)
-        self._check_printed(row, tail=text[start:end])
-        if _EMPTY_THOUGHT.match(text[start:end]) and not thought_of(row):
+        tail = text[start:end]
+        self._check_printed(row, tail=tail)
+        if _EMPTY_THOUGHT.match(tail) and not _EMPTY_THOUGHT.match(text_of(row)):
             raise Refused(
                 "injected_thought",
                 f"the chat template adds an empty thought to message {index}, which has none",
                 fix="Set +data.apply_chat_template_kwargs.enable_thinking=false",
             )
+        header = self.template.header_text.strip()
+        if header and tail.lstrip().startswith(header):
+            raise Refused(
+                "header_learned",
+                f"the chat template prints the header of message {index} behind the generation "
+                f"prompt: {tail[: len(header) + 20]!r}",
+                fix="Use a chat template whose generation prompt holds the header",
+            )
         newline_end = end + text.startswith("\n", end) if stop_start is not None else end
         turn = Turn(index, text[:newline_end], start, stop_start, end, newline_end)
-        _check_witness(rendered, turn=turn)
+        self._check_witness(rendered, turn=turn, mode=mode)
         return turn
 
-    def _start(self, index: int, *, text: str) -> int:
+    def _may_be_thoughtless(self, index: int) -> bool:
+        settable = "enable_thinking" in self.template.spec.chat_template
+        chosen = "enable_thinking" in self.template_kwargs
+        return settable and not chosen and not thought_of(self.rows[index])
+
+    def _start(self, index: int, *, text: str, mode: Mapping[str, Any]) -> int:
         """The longest generation prompt that the rendering begins with.
 
         A message without a thought was produced behind the prompt that closes thinking, where the
         template has one: the empty thought is context then.
         """
-        variants: list[Mapping[str, Any]] = [{}]
-        settable = "enable_thinking" in self.template.spec.chat_template
-        chosen = "enable_thinking" in self.template_kwargs
-        if settable and not chosen and not thought_of(self.rows[index]):
-            variants.append({"enable_thinking": False})
+        variants = [mode]
+        if self._may_be_thoughtless(index) and not mode:
+            variants.append(_NO_THINKING)
         history = self._history(index)
         prompts = [self._render(history, prompt=True, extra=extra).text for extra in variants]
         starts = [len(prompt) for prompt in prompts if text.startswith(prompt)]
@@ -178,6 +208,38 @@ class Conversation:
                 fix="Use a chat template that supports it"
                 + (", or set data.mask.reasoning=0" if missing == "thought" else ""),
             )
+
+    def _check_witness(
+        self, rendered: RenderedText, *, turn: Turn, mode: Mapping[str, Any]
+    ) -> None:
+        """The template's own `{% generation %}` marks, where it has them, must say the same.
+
+        They may begin earlier, at what the generation prompt supplies, and take the newline or not.
+        Marks that also take what the template prints only at the end of a conversation are looked
+        at in a conversation that goes on.
+        """
+        if not rendered.generation:
+            return
+        text, (start, end) = rendered.text, rendered.generation[-1]
+        ends = (turn.end, turn.newline_end)
+        behind = self.template.added_pattern.sub("", text[turn.newline_end : end])
+        if end > turn.newline_end and not behind.strip():
+            rows = [*self._history(turn.index), self.rows[turn.index], self._any_user()]
+            longer = self._render(rows, prompt=False, extra=mode)
+            found = [m for m in longer.generation if longer.text[: m[1]] == text[: m[1]]]
+            start, end = found[-1] if found else (start, end)
+        if start <= turn.start and end in ends:
+            return
+        raise Refused(
+            "witness_disagrees",
+            f"message {turn.index}: the generation prompt and the stop token give "
+            f"{text[turn.start : turn.end]!r}, the template's generation marks {text[start:end]!r}",
+            fix="Repair the generation marks of the chat template, or remove them",
+        )
+
+    def _any_user(self) -> dict[str, Any]:
+        content = "a" if self.template.string_content else [{"type": "text", "text": "a"}]
+        return {"role": "user", "content": content}
 
     def _history(self, index: int) -> list[Mapping[str, Any]]:
         head = 1 if self.first and self.rows[0]["role"] == "system" else 0
@@ -248,20 +310,3 @@ def _shared_chars(left: str, right: str) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _check_witness(rendered: RenderedText, *, turn: Turn) -> None:
-    """The template's own `{% generation %}` marks, where it has them, must say the same."""
-    if not rendered.generation:
-        return
-    start, end = rendered.generation[-1]
-    text = rendered.text
-    # Marks may begin earlier, at what the generation prompt supplies, and take the newline or not.
-    if start <= turn.start and end in (turn.end, turn.newline_end):
-        return
-    raise Refused(
-        "witness_disagrees",
-        f"message {turn.index}: the generation prompt and the stop token give "
-        f"{text[turn.start : turn.end]!r}, the template's generation marks {text[start:end]!r}",
-        fix="Repair the generation marks of the chat template, or remove them",
-    )
