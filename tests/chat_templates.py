@@ -45,8 +45,8 @@ def _folder() -> Path:
 
 
 @cache
-def byte_level_bpe() -> str:
-    """JSON of a byte-level BPE of a few hundred merges with a Qwen-like split."""
+def byte_level_bpe(texts: tuple[str, ...] = (_TEXT,) * 4, size: int = 400) -> str:
+    """JSON of a byte-level BPE with a Qwen-like split, trained on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     split = Regex(
         r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -59,17 +59,19 @@ def byte_level_bpe() -> str:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
         min_frequency=1,
     )
-    tokenizer.train_from_iterator([_TEXT] * 4, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str()
 
 
-def template_for(text: str, *, name: str = "test", eos: str | None = None) -> ChatTemplate:
-    """A chat template over the small tokenizer, with every control token that it spells."""
+def template_for(
+    text: str, *, name: str = "test", eos: str | None = None, base: str | None = None
+) -> ChatTemplate:
+    """A chat template over a small tokenizer, with every control token that it spells."""
     found = sorted(set(_SPECIAL.findall(text)) - set(_PLAIN_TAGS))
     eos = eos or next(
         (
@@ -85,7 +87,7 @@ def template_for(text: str, *, name: str = "test", eos: str | None = None) -> Ch
         "<|endoftext|>",
     )
     bos = next((t for t in ("<|begin_of_text|>", "<bos>") if t in found), "<|bos|>")
-    tokenizer = Tokenizer.from_str(byte_level_bpe())
+    tokenizer = Tokenizer.from_str(base or byte_level_bpe())
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in dict.fromkeys([bos, eos, *found])]
     )

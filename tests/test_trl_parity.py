@@ -2,8 +2,9 @@
 
 TRL trusts a template's `{% generation %}` marks; we start where the generation prompt ends. So TRL
 may also learn what the prompt supplies (a header, an empty thought) or the end-of-text token that
-closes a whole conversation, and it keeps what follows the last answer as context. Where a template prints another stop token once a
-conversation goes on, TRL learns that one; ours is what the model must say.
+closes a whole conversation, and it keeps what follows the last answer as context. Where a template
+prints another stop token once a conversation goes on, TRL learns that one; ours is what the model
+must say.
 """
 
 from __future__ import annotations

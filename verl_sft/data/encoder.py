@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from array import array
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -58,16 +59,24 @@ class Encoder:
         self._separator = any_of(_separators(backend["added_tokens"]))
         self._remembered = lru_cache(maxsize=_REMEMBERED_PIECES)(self.encode_whole)
 
-    def encode(self, text: str) -> Encoding:
+    def encode(self, text: str, *, places: Sequence[tuple[int, int]] | None = None) -> Encoding:
         """Tokenise; control tokens broken by `BREAK` are encoded as plain text.
+
+        Args:
+            text: what a chat template printed.
+            places: character ranges where the range of each token is needed; elsewhere it may be
+                that of the whole piece around it. Default: everywhere.
 
         Raises:
             UnicodeError: the text holds a lone surrogate.
         """
         cuts = [0, *(m.start() for m in self._separator.finditer(text) if m.start()), len(text)]
-        if len(cuts) == 2:
-            return self._piece(text)
-        parts = [self._piece(text[a:b]) for a, b in pairwise(cuts)]
+        parts = []
+        for begin, end in pairwise(cuts):
+            exact = places is None or any(a <= end and begin <= b for a, b in places)
+            parts.append(self._piece(text[begin:end], exact))
+        if len(parts) == 1:
+            return parts[0]
         shift = np.repeat(cuts[:-1], [len(p.ids) for p in parts])
         return Encoding(
             np.concatenate([p.ids for p in parts]),
@@ -75,22 +84,26 @@ class Encoder:
             np.concatenate([p.ends for p in parts]) + shift,
         )
 
-    def encode_whole(self, text: str) -> Encoding:
-        """As `encode`, in one piece."""
+    def encode_whole(self, text: str, exact: bool = True) -> Encoding:
+        """As `encode`, in one piece; without `exact` all tokens get the range of the text."""
         text.encode("utf-8")  # the tokenizer would call a lone surrogate a type error
-        if BREAK not in text:
-            found = self._backend.encode(text, add_special_tokens=False)
-            offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
-        else:
+        if BREAK in text:
             # Real control tokens take private names, so that the spelled ones mean nothing.
-            aliased, places = self._alias_text(text)
+            aliased, origin = self._alias_text(text)
             found = self._aliased.encode(aliased, add_special_tokens=False)
-            offsets = places[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
-        return Encoding(np.array(found.ids, dtype=np.int32), offsets[:, 0], offsets[:, 1])
+            offsets = origin[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
+        else:
+            found = self._backend.encode(text, add_special_tokens=False)
+            if exact:
+                offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+            else:
+                offsets = np.broadcast_to(np.array((0, len(text))), (len(found), 2))
+        ids = np.frombuffer(array("i", found.ids), dtype=np.int32)  # faster than from a list
+        return Encoding(ids, offsets[:, 0], offsets[:, 1])
 
-    def _piece(self, text: str) -> Encoding:
-        known = len(text) <= _REMEMBERED_CHARS
-        return self._remembered(text) if known else self.encode_whole(text)
+    def _piece(self, text: str, exact: bool) -> Encoding:
+        short = len(text) <= _REMEMBERED_CHARS
+        return self._remembered(text, exact) if short else self.encode_whole(text, exact)
 
     def _alias_text(self, text: str) -> tuple[str, npt.NDArray[np.int64]]:
         """The text with aliases and without breaks, and the place in `text` of each character."""

@@ -35,6 +35,14 @@ _PADDING = frozenset(
 _WIDE = re.compile(r"\d{6}")  # a field width in a format text
 
 
+_MISSING = object()
+_PLAIN_TYPES = (jinja2.runtime.LoopContext, jinja2.utils.Namespace)
+_DICT_NAMES = frozenset(dir(dict))
+_TEXT_METHODS = frozenset(
+    name for name in dir(str) if name[0] != "_" and not name.startswith("format")
+)
+
+
 class OutOfLimitsError(jinja2.TemplateError):
     """The template did more than any honest one does."""
 
@@ -114,9 +122,22 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """A call of a function, macro or method, charged."""
         # jinja hands out `format` wrapped.
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
-        if isinstance(owner, str):
-            self._check_text_method(owner, str(getattr(obj, "__name__", "")), args)
-        return self._charged(super().call(context, obj, *args, **kwargs))
+        if type(owner) is not str:
+            return self._charged(super().call(context, obj, *args, **kwargs))
+        self._check_text_method(owner, str(getattr(obj, "__name__", "")), args)
+        given = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
+        return self._charged(obj(*args, **given))
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """`obj.attribute`, without the long way round for what templates do most."""
+        if type(obj) is dict and attribute not in _DICT_NAMES:
+            found = obj.get(attribute, _MISSING)
+            return self.undefined(obj=obj, name=attribute) if found is _MISSING else found
+        if type(obj) is str and attribute in _TEXT_METHODS:
+            return getattr(obj, attribute)
+        if type(obj) in _PLAIN_TYPES and attribute[:1] != "_" and hasattr(obj, attribute):
+            return getattr(obj, attribute)
+        return super().getattr(obj, attribute)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
         """The syntax tree with charges in it, as filters: those cost no sandboxed call."""

@@ -100,9 +100,9 @@ class ChatTemplate:
             raise TemplateFailure(f"{type(error).__name__}: {error}") from error
         return _strip_generation(text)
 
-    def encode(self, text: str) -> Encoding:
+    def encode(self, text: str, *, places: Sequence[tuple[int, int]] | None = None) -> Encoding:
         """As `Encoder.encode`."""
-        return self._encoder.encode(text)
+        return self._encoder.encode(text, places=places)
 
     def _encode_ids(self, text: str) -> tuple[int, ...]:
         return tuple(self.encode(text).ids.tolist())

@@ -83,7 +83,8 @@ def make_view(
     """
     text = turns[-1].text
     conversation.check_context(turns[-1].index)
-    encoding = conversation.template.encode(text)
+    places = [(max(turn.start - 1, 0), turn.newline_end) for turn in turns]
+    encoding = conversation.template.encode(text, places=places)
     values = np.zeros(len(encoding.ids), dtype=np.float32)
     spans = []
     for turn in turns:
