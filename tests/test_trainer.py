@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -322,9 +325,76 @@ def test_script_says_what_is_wrong(tmp_path: Path) -> None:
     assert run_script("1", str(tmp_path), str(tmp_path / "absent")).returncode == 2
     failed = run_script("2", str(tmp_path / "out"), str(tmp_path), "model.partial_pretrain=/absent")
     assert failed.returncode == 2
-    assert failed.stderr.strip().splitlines() == [
-        "verl-sft: model.partial_pretrain=/absent: no such folder."
+    (line,) = failed.stderr.strip().splitlines()
+    assert line.startswith("verl-sft: model.partial_pretrain=/absent: no such folder. Give")
+
+
+def test_script_finds_its_own_interpreter(tmp_path: Path) -> None:
+    """From any directory and without PYTHON, the checkout's own `.venv` runs the trainer."""
+    root = tmp_path / "check out"
+    python = root / ".venv/bin/python"
+    for folder in (root / "examples/sft", python.parent, tmp_path / "data"):
+        folder.mkdir(parents=True)
+    script = root / "examples/sft" / SCRIPT.name
+    for path in SCRIPT.parent.iterdir():
+        (script.parent / path.name).write_bytes(path.read_bytes())
+    python.write_text('#!/bin/sh\necho "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHON", "PYTHONPATH")}
+    words = ["bash", str(script), "2", "out", str(tmp_path / "data"), "optim.lr=1"]
+    done = subprocess.run(words, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert f"{root} -m verl_sft.trainer.launch 2 data.train_files={tmp_path}/data" in done.stdout
+    assert done.stdout.rstrip().endswith("trainer.default_local_dir=out optim.lr=1")
+
+
+def test_signals_through_the_launcher(model: Path, tmp_path: Path) -> None:
+    """SIGTERM to the whole group saves, exit 75; a launcher killed outright leaves no process."""
+    data, out = write_data(tmp_path / "data"), tmp_path / "run"
+    words = [
+        *("nproc=2", f"data.train_files={data}", f"model.partial_pretrain={model}"),
+        *(f"trainer.default_local_dir={out}", "trainer.total_epochs=1000", "data.max_length=128"),
     ]
+    command = [sys.executable, "-m", "verl_sft.cli", "train", *words]
+    metrics, log = out / "metrics.jsonl", tmp_path / "log"
+
+    def start(steps: int) -> subprocess.Popen[bytes]:
+        with log.open("wb") as stream:
+            run = subprocess.Popen(
+                command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
+            )
+        assert _soon(lambda: metrics.is_file() and len(_lines(metrics)) > steps), log.read_text()
+        return run
+
+    run = start(1)
+    os.killpg(run.pid, signal.SIGTERM)
+    assert run.wait(60) == 75, log.read_text()
+    assert "Traceback" not in log.read_text()
+    status = json.loads((out / "status.json").read_text())
+    done = len(_lines(metrics))
+    assert status["state"] == "preempted" and (out / f"global_step_{done}").is_dir()
+
+    run = start(done)
+    run.kill()
+    run.wait()
+    assert _soon(lambda: not _alive(run.pid)), "ranks outlive their launcher"
+
+
+def _soon(true: Callable[[], bool]) -> bool:
+    """Whether it becomes true within a minute."""
+    end = time.monotonic() + 60
+    while not true() and time.monotonic() < end:
+        time.sleep(0.05)
+    return true()
+
+
+def _alive(session: int) -> bool:
+    """Whether a process of that session still runs."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, owner = path.read_text().rpartition(")")[2].split()[:4]
+            if int(owner) == session and state not in "ZX":
+                return True
+    return False
 
 
 def test_a_killed_rank_is_a_lost_peer(tmp_path: Path) -> None:

@@ -36,7 +36,16 @@ if [ "$gpus" -eq 0 ]; then
     echo "no GPU here: $ngpu gloo ranks on the CPU, $OMP_NUM_THREADS threads each"
 fi
 
-exec "${PYTHON:-python3}" -m verl_sft.trainer.launch "$ngpu" \
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
+if [ -z "${PYTHON:-}" ]; then
+    PYTHON=python3
+    if [ -x "$root/.venv/bin/python" ]; then
+        PYTHON=$root/.venv/bin/python
+    fi
+fi
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+
+exec "$PYTHON" -m verl_sft.trainer.launch "$ngpu" \
     data.train_files="$datadir" \
     data.multiturn.enable="$MULTITURN" \
     data.train_batch_size=128 \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -47,7 +48,7 @@ from verl_sft.trainer.optim import make_optimizer
 from verl_sft.trainer.sft_trainer import SFTTrainer
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import STATUS_ENV, write_status
-from verl_sft.trainer.tracking import Tracker, plot_loss
+from verl_sft.trainer.tracking import LOGGERS, Tracker, plot_loss
 
 EXPORT_DIR = "huggingface"
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     owned: list[Path] = []  # the run directory, once this run holds it
     try:
         die_with_parent()
+        signal.signal(signal.SIGTERM, _stopped_early)
         config = load_config(TrainConfig, words, say=print if is_main else None)
         with ExitStack() as stack:
             run(config, world=setup_world(config.trainer.device), stack=stack, owned=owned)
@@ -86,6 +88,9 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     with together(world):
         check_options(config, world_size=world.size)
         model_path(config.model)
+        absent = [str(name) for name in as_list(config.trainer.logger) if name not in LOGGERS]
+        if absent:
+            say(f"trainer.logger: no {', '.join(absent)} here; there are {', '.join(LOGGERS)}")
         if world.is_main:
             safe_io.make_output_dir(directory)
             stack.enter_context(safe_io.run_lock(directory))
@@ -116,7 +121,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         safe_io.write_json(directory / "train_config.json", asdict(config))
         trainer.tracker = Tracker(
             directory,
-            loggers=config.trainer.logger,
+            loggers=as_list(config.trainer.logger),
             start_step=start.step,
             total_steps=inputs.plan.total_steps,
         )
@@ -193,6 +198,11 @@ def assemble(
     return trainer, model
 
 
+def as_list(value: Any) -> list[Any]:
+    """A value that scripts give as a list or as a single word."""
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
 def find_start(
     config: TrainConfig, *, directory: Path, marks: dict[str, Any], say: Any
 ) -> tuple[Path, dict[str, Any]] | None:
@@ -260,6 +270,14 @@ def as_user_error(error: Exception) -> VerlSftError | None:
     if isinstance(error, dist.DistError) or any(part in text for part in lost):
         return PeerLostError(f"another rank is gone: {text.splitlines()[0]}")
     return None
+
+
+def _stopped_early(number: int, frame: Any) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise Preempted(
+        "stopped by a signal before the first step",
+        fix="Run the same command again to go on from the last checkpoint, if there is one",
+    )
 
 
 def _done(world: World, directory: Path, progress: TrainProgress) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.errors import PeerLostError
+from verl_sft.processes import die_with_parent
 from verl_sft.trainer.status import STATUS_ENV, write_status
 
 TARGET = "verl_sft.trainer.fsdp_sft_trainer"
@@ -29,8 +30,9 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
         status = Path(folder) / "status.json"
         env = {**os.environ, STATUS_ENV: str(status)}
         env.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // nproc)))
+        start = f"from verl_sft.trainer.launch import agent; agent({os.getpid()})"
         command = [
-            *(sys.executable, "-m", "torch.distributed.run"),
+            *(sys.executable, "-c", start, f"--log-dir={folder}"),
             *("--nnodes=1", f"--nproc_per_node={nproc}"),
             *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
             *("-m", TARGET, *config_argv),
@@ -42,6 +44,18 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
         finally:
             signal.signal(signal.SIGTERM, previous)
         return exit_code(status, launcher_code=code)
+
+
+def agent(parent: int) -> None:
+    """Be torchrun, but die with the launcher, and end on a signal without a traceback."""
+    die_with_parent(parent)
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.run import main as torchrun
+
+    try:
+        torchrun(sys.argv[1:])
+    except SignalException as stopped:
+        sys.exit(128 + int(stopped.sigval))
 
 
 def default_nproc() -> int:

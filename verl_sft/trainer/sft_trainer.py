@@ -212,11 +212,14 @@ class SFTTrainer:
         )
 
     def stop_on_signals(self) -> None:
-        """Let SIGTERM end the run behind the current step; a second one ends it at once."""
+        """Let SIGTERM end the run behind the current step.
+
+        A second one changes nothing: one sent to the whole process group arrives twice, from the
+        sender and from torchrun, which itself kills ranks that take too long.
+        """
 
         def ask(number: int, frame: Any) -> None:
             self.stop_asked = True
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
         signal.signal(signal.SIGTERM, ask)
 

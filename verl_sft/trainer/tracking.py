@@ -17,6 +17,7 @@ from verl_sft import safe_io
 
 Metrics = Mapping[str, float | int]
 METRICS_FILE = "metrics.jsonl"
+LOGGERS = ("console", "file", "tensorboard")
 
 
 class Tracker:
