@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from verl_sft.config.collect import CollectConfig, EvaluateConfig
+from verl_sft.config.collect import CollectConfig, EvaluateConfig, MakeGamesConfig
 from verl_sft.config.load import config_keys, load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.errors import UsageError
@@ -74,11 +74,23 @@ def test_section_shorthand() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["/a b/c", "/a(b)", "s3://x/y?z", "/a#b", "~/x", "a=b", "/a/b.c-d", "it's"]
+    "value", ["/a b/c", "/a(b)", "s3://x/y?z", "/a#b", "a=b", "/a/b.c-d", "it's"]
 )
 def test_paths_as_a_shell_user_writes_them(value: str) -> None:
     """Characters that Hydra's grammar reserves need no second quoting."""
     assert load_config(CollectConfig, [f"output.dir={value}"]).output.dir == value
+
+
+def test_a_home_path_is_expanded() -> None:
+    """The shell leaves `~` alone behind `key=`; elsewhere in a value it is a character."""
+    config = load_config(CollectConfig, ["output.dir=~/x", "output.name=~x"])
+    assert config.output.dir == str(Path.home() / "x") and config.output.name == "~x"
+
+
+def test_one_word_is_a_list_of_one() -> None:
+    """A list key takes a single name without brackets."""
+    config = load_config(CollectConfig, ["env.task_types=look_at_obj_in_light"])
+    assert config.env.task_types == ["look_at_obj_in_light"]
 
 
 @pytest.mark.parametrize(
@@ -94,6 +106,20 @@ def test_paths_as_a_shell_user_writes_them(value: str) -> None:
         (TrainConfig, "nonsense", "key=value"),
         (CollectConfig, "policy.noise=1.5", "between 0 and 1"),
         (CollectConfig, "env.split=test", "valid_unseen"),
+        (TrainConfig, "optim.lr=inf", "at least 0"),
+        (TrainConfig, "optim.clip_grad=-1", "at least 0"),
+        (TrainConfig, "optim.betas=[0.9]", "two numbers"),
+        (TrainConfig, "optim.betas=[2,3]", "two numbers"),
+        (TrainConfig, "trainer.save_freq=often", "after_each_epoch"),
+        (TrainConfig, "trainer.test_freq=1.5", "after_each_epoch"),
+        (TrainConfig, "trainer.total_training_steps=0", "at least 1"),
+        (TrainConfig, "trainer.max_ckpt_to_keep=0", "at least 1"),
+        (CollectConfig, "rollout.num_episodes=99999999999", "between 1 and"),
+        (CollectConfig, "filter.max_steps=-5", "at least 1"),
+        (CollectConfig, "output.name=../elsewhere", "output.dir"),
+        (CollectConfig, "output.name=/tmp/elsewhere", "output.dir"),
+        (MakeGamesConfig, "num_valid=-1", "between 0 and"),
+        (MakeGamesConfig, "num_workers=0", "at least 1"),
         (CollectConfig, "--config", "file name"),
         (CollectConfig, "--config=nowhere.yaml", "no such configuration file"),
     ],

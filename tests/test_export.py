@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +13,13 @@ import pytest
 import torch
 
 from tests.train_ranks import run_ranks, toy_config, toy_model
-from verl_sft.config.collect import MakeModelConfig
-from verl_sft.errors import UsageError
+from verl_sft.config.collect import MakeModelConfig, PolicyConfig
+from verl_sft.config.train import ModelConfig
+from verl_sft.errors import InputError, UsageError
 from verl_sft.export.hf import reopened_logits
+from verl_sft.model.build import load_causal
 from verl_sft.model.tiny import make_model
+from verl_sft.policies.hf_local import make_hf_policy
 
 PROBE = torch.arange(3, 20)
 
@@ -82,13 +88,37 @@ def test_export_is_made_up_for(model: Path, tmp_path: Path) -> None:
     assert manifest["max_logit_difference"] == 0.0
 
 
+def test_a_damaged_model_folder_is_named(model: Path, tmp_path: Path) -> None:
+    """No weights, no tokenizer, cut weights, another size: one error with the folder, never more.
+
+    The trainer and the policy refuse alike.
+    """
+
+    def damaged(name: str) -> Path:
+        return Path(shutil.copytree(model, tmp_path / name))
+
+    next(damaged("weights").glob("*.safetensors")).unlink()
+    for path in damaged("tokenizer").glob("tokenizer*"):
+        path.unlink()
+    os.truncate(next(damaged("cut").glob("*.safetensors")), 3000)
+    config = damaged("size") / "config.json"
+    changed = {**json.loads(config.read_text()), "hidden_size": 32}
+    config.write_text(json.dumps(changed))
+    for name in ("weights", "tokenizer", "cut", "size", "absent/./."):
+        where = str(tmp_path / name)
+        with pytest.raises(UsageError, match=re.escape(where)):
+            load_causal(ModelConfig(partial_pretrain=where), dtype=torch.float32)
+        with pytest.raises((UsageError, InputError), match=re.escape(where)):
+            make_hf_policy(PolicyConfig(name="hf", model=where))
+
+
 def test_make_model_is_deterministic(model: Path, tmp_path: Path) -> None:
     """The same data and seed give the same bytes, another seed other weights; digits are single."""
     data = str(model.parent / "data")
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    for name, seed, place in (("a", 0, data), ("b", 0, data[:-1] + "*"), ("c", 1, data)):
         make_model(
             MakeModelConfig(
-                out=str(tmp_path / name), data=data, size="nano", vocab_size=300, seed=seed
+                out=str(tmp_path / name), data=place, size="nano", vocab_size=300, seed=seed
             )
         )
     files = sorted(p.name for p in (tmp_path / "a").iterdir())

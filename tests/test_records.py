@@ -384,6 +384,7 @@ def test_resolve_files(tmp_path: Path) -> None:
     assert len(resolve_files(data, split="val")) == 2
     assert len(resolve_files(str(data / "val-*.parquet"), split="train")) == 2
     assert len(resolve_files([data, data / "train.parquet"], split="train")) == 2
+    assert resolve_files(f"{tmp_path}/*", split="train") == [data / "train.parquet"]  # folders too
     for spec in (tmp_path, tmp_path / "no.parquet"):
         with pytest.raises(InputError):
             resolve_files(spec, split="train")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
@@ -16,12 +18,42 @@ def one_of(key: str, value: str, known: Sequence[str]) -> None:
 
 
 def at_least(key: str, value: float, low: float) -> None:
-    """Raise unless `value >= low`."""
-    if not value >= low:
+    """Raise unless `value >= low` and finite."""
+    if not low <= value < math.inf:
         raise UsageError(f"{key}={value}: must be at least {low}")
+
+
+def between(key: str, value: float, low: float, high: float) -> None:
+    """Raise unless `low <= value <= high`."""
+    if not low <= value <= high:
+        raise UsageError(f"{key}={value}: must be between {low} and {high}")
 
 
 def fraction(key: str, value: float) -> None:
     """Raise unless `0 <= value <= 1`."""
-    if not 0 <= value <= 1:
-        raise UsageError(f"{key}={value}: must be between 0 and 1")
+    between(key, value, 0, 1)
+
+
+def model_folder(key: str, value: str) -> str:
+    """`value` as a folder that holds a model, or unchanged if it can only be a hub name.
+
+    Raises:
+        UsageError: a path with nothing behind it, or a folder without a part of the model.
+    """
+    fix = "Give a folder with config.json, *.safetensors and a tokenizer, or a hub name"
+    folder = Path(value).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or value.startswith((".", "/", "~")) or value.count("/") > 1:
+            raise UsageError("no such folder", where=f"{key}={value}", fix=fix)
+        return value
+    for patterns in _MODEL_PARTS:
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise UsageError(f"no {patterns[0]} there", where=f"{key}={value}", fix=fix)
+    return str(folder)
+
+
+_MODEL_PARTS = (
+    ("config.json",),
+    ("*.safetensors",),
+    ("tokenizer.json", "tokenizer*", "vocab*", "spiece.model", "*.tiktoken"),
+)

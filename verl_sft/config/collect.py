@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.config.checks import at_least, between, fraction, one_of
+from verl_sft.errors import UsageError
+
+MOST = 10_000_000  # games or episodes of one run: more is a slip of the keyboard
 
 
 @dataclass
@@ -74,7 +77,7 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         if self.num_episodes is not None:
-            at_least("rollout.num_episodes", self.num_episodes, 1)
+            between("rollout.num_episodes", self.num_episodes, 1, MOST)
         if self.num_workers is not None:
             at_least("rollout.num_workers", self.num_workers, 1)
         if self.max_invalid is not None:
@@ -97,6 +100,8 @@ class FilterConfig:
     def __post_init__(self) -> None:
         one_of("filter.valid_actions", self.valid_actions, ("any", "context", "all"))
         at_least("filter.min_steps", self.min_steps, 0)
+        if self.max_steps is not None:
+            at_least("filter.max_steps", self.max_steps, max(self.min_steps, 1))
 
 
 @dataclass
@@ -112,6 +117,11 @@ class OutputConfig:
     def __post_init__(self) -> None:
         one_of("output.rows", self.rows, ("step", "episode"))
         fraction("output.val_fraction", self.val_fraction)
+        if self.name is not None and (self.name in ("", ".", "..") or "/" in self.name):
+            raise UsageError(
+                f"output.name={self.name}: must be the name of one folder",
+                fix="Give the path that leads to it as output.dir",
+            )
 
 
 @dataclass
@@ -167,7 +177,11 @@ class MakeGamesConfig:
     num_workers: int | None = None
 
     def __post_init__(self) -> None:
-        at_least("num", self.num, 1)
+        between("num", self.num, 1, MOST)
+        if self.num_valid is not None:
+            between("num_valid", self.num_valid, 0, MOST)
+        if self.num_workers is not None:
+            at_least("num_workers", self.num_workers, 1)
         one_of("size", self.size, ("small", "medium", "full"))
         one_of("wording", self.wording, ("2.1.1", "2.1.2"))
 
@@ -185,3 +199,4 @@ class MakeModelConfig:
 
     def __post_init__(self) -> None:
         at_least("vocab_size", self.vocab_size, 300)
+        at_least("max_position_embeddings", self.max_position_embeddings, 1)

@@ -118,6 +118,11 @@ def _set(
     free_form = parent in known and known[parent] is None
     if canonical not in known and not free_form:
         raise _unknown_key(key, known)
+    if isinstance(value, str):
+        if value.startswith("~/"):  # the shell leaves it alone behind `key=`
+            value = str(Path(value).expanduser())
+        if OmegaConf.is_list(OmegaConf.select(tree, canonical)) and not value.startswith("${"):
+            value = [value]
     try:
         OmegaConf.update(tree, canonical, value, force_add=free_form)
     except OmegaConfBaseException as error:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.errors import UsageError
 
 
 @dataclass
@@ -130,8 +131,13 @@ class OptimConfig:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UsageError(f"optim.betas={self.betas}: must be two numbers from 0 to below 1")
+        for key in ("lr", "eps", "weight_decay", "clip_grad"):
+            at_least(f"optim.{key}", getattr(self, key), 0)
+        fraction("optim.min_lr_ratio", self.min_lr_ratio)
+        at_least("optim.lr_warmup_steps", self.lr_warmup_steps, -1)
         one_of("optim.lr_scheduler", self.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
-        at_least("optim.lr", self.lr, 0)
         fraction("optim.lr_warmup_steps_ratio", self.lr_warmup_steps_ratio)
 
 
@@ -159,6 +165,16 @@ class TrainerConfig:
         one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable", "resume_path"))
         one_of("trainer.device", self.device, ("auto", "cuda", "cpu"))
         at_least("trainer.total_epochs", self.total_epochs, 1)
+        if self.total_training_steps is not None:
+            at_least("trainer.total_training_steps", self.total_training_steps, 1)
+        if self.max_ckpt_to_keep is not None:
+            at_least("trainer.max_ckpt_to_keep", self.max_ckpt_to_keep, 1)
+        for key in ("save_freq", "test_freq"):
+            value = getattr(self, key)
+            if value not in (None, "after_each_epoch") and not isinstance(value, int):
+                raise UsageError(
+                    f"trainer.{key}={value}: must be a number of steps, after_each_epoch or -1"
+                )
 
 
 @dataclass

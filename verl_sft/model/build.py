@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from verl_sft.config.checks import model_folder
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
 from verl_sft.model.lora import add_lora, wants_lora
@@ -47,14 +49,7 @@ def model_path(config: ModelConfig) -> str:
             where="model.partial_pretrain",
             fix="Give an HF folder or hub name, or make a small one with verl-sft make-model",
         )
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UsageError("no config.json there", where=f"model.partial_pretrain={path}")
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise UsageError("no such folder", where=f"model.partial_pretrain={path}")
-    return path
+    return model_folder("model.partial_pretrain", path)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -64,7 +59,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     path = model_path(config)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(path, error) from error
 
 
@@ -90,8 +85,12 @@ def load_causal(
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(path, error) from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise _cannot_load(path, ValueError("config.json does not fit the weights")) from error
     model.config.use_cache = False
     return model.train()
 

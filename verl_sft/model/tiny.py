@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 import uuid
@@ -17,7 +18,7 @@ from verl_sft.safe_io import make_output_dir, publish_dir
 # hidden, intermediate, layers, heads, key-value heads; parameters without embeddings in the comment
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "nano": (64, 128, 2, 4, 2),  # 0.07M
-    "tiny": (256, 704, 4, 4, 4),  # 3M
+    "tiny": (256, 704, 4, 8, 8),  # 3M
     "small": (384, 1024, 8, 6, 2),  # 12M
     "base": (768, 2048, 14, 12, 4),  # 90M
 }
@@ -74,11 +75,11 @@ def make_model(config: MakeModelConfig) -> Path:
             where="make-model",
             fix="verl-sft make-model out=MODEL_DIR data=SFT_DATA_DIR",
         )
-    out = Path(config.out)
+    out = Path(config.out).expanduser()
     if out.exists() and any(out.iterdir() if out.is_dir() else [out]):
         raise UsageError("it exists already", where=f"out={out}", fix="Choose another folder")
     make_output_dir(out.parent)
-    tokenizer = train_tokenizer(corpus(Path(config.data)), vocab_size=config.vocab_size)
+    tokenizer = train_tokenizer(corpus(config.data), vocab_size=config.vocab_size)
     model = random_model(
         config.size,
         vocab_size=len(tokenizer),
@@ -96,22 +97,22 @@ def make_model(config: MakeModelConfig) -> Path:
     return out
 
 
-def corpus(data: Path) -> Iterator[str]:
-    """All texts of an sft_data directory or a parquet file, in file order.
+def corpus(data: str) -> Iterator[str]:
+    """All texts of an sft_data directory or of parquet files, in file order.
 
     Raises:
-        InputError: no parquet file there, or none of the known columns.
+        InputError: no parquet file there, one that cannot be read, or none of the known columns.
     """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    files = sorted(data.glob("train*.parquet")) or sorted(data.glob("*.parquet"))
-    if data.is_file():
-        files = [data]
-    if not files:
-        raise InputError("no parquet file there", where=f"data={data}")
     known = ("messages_json", "messages", "prompt_data", "response_data")
-    for path in files:
-        with pq.ParquetFile(path) as table:
+    for path in _parquet_files(data):
+        try:
+            table = pq.ParquetFile(path)
+        except (OSError, pa.ArrowException) as error:
+            raise InputError("not a whole parquet file", where=str(path), why=str(error)) from error
+        with table:
             columns = [name for name in known if name in table.schema_arrow.names]
             if not columns:
                 raise InputError(
@@ -120,6 +121,20 @@ def corpus(data: Path) -> Iterator[str]:
             for batch in table.iter_batches(columns=columns):
                 for row in batch.to_pylist():
                     yield from _texts(row)
+
+
+def _parquet_files(data: str) -> list[Path]:
+    """The files of a folder (its training files if it has any), a file or a glob of either."""
+    files: list[Path] = []
+    given = Path(data).expanduser()
+    for place in [given] if given.exists() else map(Path, sorted(glob.glob(str(given)))):
+        inside = sorted(place.glob("train*.parquet")) or sorted(place.glob("*.parquet"))
+        files += [place] if place.is_file() else inside
+    if not files:
+        raise InputError(
+            "no parquet file there", where=f"data={data}", fix="Give an sft_data directory"
+        )
+    return files
 
 
 def _texts(row: dict[str, Any]) -> Iterator[str]:
@@ -202,6 +217,8 @@ def random_model(
         max_position_embeddings=max_positions,
         rope_theta=10000.0,
         tie_word_embeddings=True,
+        # 1/sqrt(hidden), not the 0.02 of large models: a small one then learns to copy much sooner.
+        initializer_range=hidden**-0.5,
         bos_token_id=None,
         eos_token_id=stop,
         pad_token_id=pad,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from verl_sft.config.checks import model_folder
 from verl_sft.config.collect import PolicyConfig
 from verl_sft.errors import InputError, UsageError
 from verl_sft.policies.base import PolicyRequest
@@ -28,23 +29,28 @@ def make_hf_policy(config: PolicyConfig) -> HFPolicy:
     """Load the model and tokenizer of `policy.model` on the best device there is.
 
     Raises:
-        UsageError: no model was named.
-        InputError: the folder is not a loadable model.
+        UsageError: no model was named, or the path is not a model folder.
+        InputError: the model there cannot be loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if not config.model:
         raise UsageError("no model is named", fix="Set model=HF_DIR (or policy.model=HF_DIR)")
+    folder = model_folder("policy.model", config.model)
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
         model = AutoModelForCausalLM.from_pretrained(
-            config.model,
+            folder,
             dtype=torch.bfloat16 if device == "cuda" else torch.float32,
             attn_implementation="sdpa",
+            use_safetensors=True,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise InputError(
             f"cannot load the model: {str(error).splitlines()[0]}",
             where=config.model,
@@ -61,7 +67,7 @@ def make_hf_policy(config: PolicyConfig) -> HFPolicy:
 
 def prompt_of_model(folder: str) -> dict[str, Any]:
     """The prompt template and history style that an exported model was trained with, if it says."""
-    path = Path(folder) / "verl_sft.json"
+    path = Path(folder).expanduser() / "verl_sft.json"
     if not path.is_file():
         return {}
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

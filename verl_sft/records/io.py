@@ -11,6 +11,7 @@ import csv
 import functools
 import glob
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -202,8 +203,8 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
     """The files that a `data.train_files` value names.
 
     Args:
-        spec: a file, a glob, an sft_data directory (its `<split>.parquet`, or shards
-            `<split>-*.parquet`), or a list of these.
+        spec: a file, an sft_data directory (its `<split>.parquet`, or shards
+            `<split>-*.parquet`), a glob, or a list of these.
         split: "train" or "val".
 
     Raises:
@@ -227,7 +228,12 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
         return found
     if path.is_file():
         return [path]
-    found = [Path(p) for p in sorted(glob.glob(str(path)))]
+    found = [
+        file
+        for match in sorted(glob.glob(str(path)))
+        if os.path.exists(match)
+        for file in resolve_files(match, split=split)
+    ]
     if not found:
         raise InputError("no such file", where=str(path), fix=f"Correct {key}")
     return found
