@@ -181,8 +181,21 @@ def test_listing_skips_what_the_public_loader_skips(games: Path, tmp_path: Path)
     for folder in (root, tmp_path):
         ids = _make(folder).task_ids("train")
         assert [i.split("/")[1] for i in ids] == ["pick_and_place_simple-Mug-None-Desk-301"]
+    put("look_at_obj_in_light-Pen-None-DeskLamp-301", "{}")
+    (root / "train/look_at_obj_in_light-Pen-None-DeskLamp-301/trial_1/traj_data.json").unlink()
+    env = _make(tmp_path)
+    assert len(env.task_ids("train")) == 1
+    assert [note.split(":")[0] for note in env.notes("train")] == [
+        "1 games left out, marked unsolvable",
+        "1 games left out, no game.tw-pddl",
+        "1 games left out, no traj_data.json",
+    ]
+    assert "DeskLamp-301/trial_1/game.tw-pddl" in env.notes("train")[2]
     with pytest.raises(InputError, match="valid_seen"):
-        _make(tmp_path).task_ids("valid_seen")
+        env.task_ids("valid_seen")
+    only = make_alfworld(EnvConfig(data_dir=str(root), task_types=["pick_two_obj_and_place"]))
+    with pytest.raises(InputError, match="marked unsolvable"):
+        only.task_ids("train")
 
 
 def test_wrong_arguments_say_what_to_do(

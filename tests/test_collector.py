@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from verl_sft.collect.collector import CollectReport, collect, identity_of
 from verl_sft.collect.filters import drop_reason, mask_steps
 from verl_sft.collect.journal import Journal
+from verl_sft.collect.rollout import task_notes
 from verl_sft.collect.worker import config_from_json
 from verl_sft.config.collect import (
     CollectConfig,
@@ -214,6 +215,37 @@ def test_another_config_is_refused_with_the_difference(tmp_path: Path) -> None:
         rollout = RolloutConfig(num_workers=2, max_steps=6, seed=1)
         with pytest.raises(UsageError, match=r"rollout\.seed: 0 -> 1"):
             collect(_config(parent, rollout=rollout))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": PromptConfig(template="add_wm3")}, "Did you mean 'add_wm2'"),
+        ({"policy": PolicyConfig(name="exprt")}, "Did you mean 'expert'"),
+        ({"policy": PolicyConfig(name="hf")}, "no model is named"),
+        ({"policy": PolicyConfig(name="hf", model="./absent")}, "no such folder"),
+    ],
+)
+def test_wrong_names_leave_nothing_behind(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """An unknown prompt, policy or model is refused before a directory is made."""
+    with pytest.raises(UsageError, match=message):
+        collect(_config(tmp_path, None, **changes))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_environment_may_say_what_it_leaves_out() -> None:
+    """`notes` is optional; where it is there, the data set's notes begin with it."""
+
+    class Speaking:
+        def notes(self, split: str) -> list[str]:
+            return [f"3 games left out of {split}"]
+
+    speaking: Any = Speaking()
+    assert task_notes(speaking, "train") == ["3 games left out of train"]
+    silent: Any = object()
+    assert task_notes(silent, "train") == []
 
 
 def test_places_that_cannot_be_used(tmp_path: Path) -> None:

@@ -20,13 +20,20 @@ from typing import Any
 
 from verl_sft.collect.journal import FOLDER, Journal, check_same_config
 from verl_sft.collect.publish import FILES, publish
-from verl_sft.collect.rollout import EpisodeSpec, RolloutSettings, plan_episodes, play
+from verl_sft.collect.rollout import (
+    EpisodeSpec,
+    RolloutSettings,
+    plan_episodes,
+    play,
+    task_notes,
+)
 from verl_sft.collect.worker import make_environment, make_policy
 from verl_sft.collect.workers import play_in_workers
 from verl_sft.config.collect import CollectConfig
 from verl_sft.envs.base import Environment
 from verl_sft.errors import InputError, PartialError, Preempted, UsageError
 from verl_sft.policies.base import Policy, PolicyRequest
+from verl_sft.registry import POLICIES, PROMPTS, resolve
 from verl_sft.safe_io import file_sha256, make_output_dir, run_lock
 from verl_sft.types import JSON, Completion
 
@@ -69,15 +76,25 @@ def collect(config: CollectConfig, *, progress: Progress | None = None) -> Colle
     directory = _output_dir(config)
     identity = identity_of(config)
     with contextlib.ExitStack() as held:
-        # What can be wrong with the games is found out before a directory is made for them.
+        # What can be wrong with the names and the games is found out before a directory is made.
+        resolve("prompt template", config.prompt.template, PROMPTS)
+        resolve("policy", config.policy.name, POLICIES)
         env = held.enter_context(contextlib.closing(make_environment(config)))
         specs = plan_episodes(env, config)
-        notes = _guard(env, specs, config)
+        notes = [*task_notes(env, config.env.split), *_guard(env, specs, config)]
+        policy = make_policy(config) if _plays_here(config) else None
         held.enter_context(run_lock(make_output_dir(directory)))
         if (directory / "manifest.json").exists():
             return _conclude(_report(directory, _published(directory, identity)), config)
         with contextlib.closing(Journal(directory, config=identity)) as journal:
-            _play_all(specs, journal=journal, config=config, directory=directory, progress=progress)
+            _play_all(
+                specs,
+                journal=journal,
+                config=config,
+                policy=policy,
+                directory=directory,
+                progress=progress,
+            )
             stats = publish(
                 directory,
                 episodes=lambda: (journal.read(s.episode_id) for s in specs),
@@ -149,6 +166,7 @@ def _play_all(
     *,
     journal: Journal,
     config: CollectConfig,
+    policy: Policy | None,
     directory: Path,
     progress: Progress | None,
 ) -> None:
@@ -157,7 +175,10 @@ def _play_all(
     missing = [s for s in specs if s.episode_id not in journal]
     if progress is not None:
         progress(len(journal), len(specs), f"{successes} won")
-    with _stop_requests() as stop, contextlib.closing(_source(missing, config, stop)) as source:
+    with (
+        _stop_requests() as stop,
+        contextlib.closing(_source(missing, config, policy, stop)) as source,
+    ):
         for episode in source if missing else ():
             journal.append(episode)
             successes += bool(episode["success"])
@@ -167,9 +188,16 @@ def _play_all(
             raise _preempted(stop.signal, directory, len(journal), len(specs))
 
 
-def _source(specs: Sequence[EpisodeSpec], config: CollectConfig, stop: _Stop) -> Generator[JSON]:
-    """Episodes as JSON: from worker processes, or, for a policy with a model, from here."""
-    if config.policy.name != "hf" and config.policy.model is None:
+def _plays_here(config: CollectConfig) -> bool:
+    """Whether the policy has a model, which is loaded once, not in every worker."""
+    return config.policy.name == "hf" or config.policy.model is not None
+
+
+def _source(
+    specs: Sequence[EpisodeSpec], config: CollectConfig, policy: Policy | None, stop: _Stop
+) -> Generator[JSON]:
+    """Episodes as JSON: from worker processes, or, given a policy with a model, from here."""
+    if policy is None:
         yield from play_in_workers(
             specs,
             config=config,
@@ -177,7 +205,6 @@ def _source(specs: Sequence[EpisodeSpec], config: CollectConfig, stop: _Stop) ->
             stopping=lambda: stop.signal is not None,
         )
         return
-    policy = make_policy(config)
     with contextlib.suppress(_StopRequestError):
         for episode in play(
             specs,

@@ -98,6 +98,12 @@ def plan_episodes(env: Environment, config: CollectConfig) -> tuple[EpisodeSpec,
     return tuple(specs)
 
 
+def task_notes(env: Environment, split: str) -> list[str]:
+    """What an environment has to say about its tasks; the method is optional."""
+    notes = getattr(env, "notes", None)
+    return [] if notes is None else list(notes(split))
+
+
 def play(
     specs: Iterable[EpisodeSpec],
     *,

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.config.collect import EnvConfig
-from verl_sft.envs.alfworld_data import check_task_types, find_root, list_games, task_type_of
+from verl_sft.envs.alfworld_data import (
+    check_task_types,
+    find_root,
+    left_out_lines,
+    list_games,
+    scan_games,
+    task_type_of,
+)
 from verl_sft.envs.alfworld_engine import Engine, admissible
 from verl_sft.errors import UsageError
 from verl_sft.types import Observation, StepResult
@@ -54,6 +61,10 @@ class AlfworldEnvironment:
     def task_ids(self, split: str) -> tuple[str, ...]:
         """The games of a split, sorted, e.g. `train/pick_.../trial_.../game.tw-pddl`."""
         return list_games(self._root, split=split, task_types=self._task_types)
+
+    def notes(self, split: str) -> list[str]:
+        """Sentences about the games of a split that are not among its tasks."""
+        return left_out_lines(scan_games(self._root, split=split, task_types=self._task_types))
 
     def task_type(self, task_id: str) -> str:
         """One of the six task types, read from the task id."""

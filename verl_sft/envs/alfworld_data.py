@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from verl_sft.errors import InputError, UsageError
@@ -13,6 +14,7 @@ from verl_sft.registry import unknown_name
 SPLITS = ("train", "valid_seen", "valid_unseen")
 GAME_FILE = "game.tw-pddl"
 TRAJ_FILE = "traj_data.json"
+_NAMED = 5  # games named in a message
 RELEASE = "json_2.1.1"  # the folder name that every public tool looks for
 TASK_TYPES = (
     "pick_and_place_simple",
@@ -63,34 +65,74 @@ def find_root(data_dir: str | None) -> Path:
     raise InputError("no ALFWorld games here", where=str(folder), why=why, fix=_FIX)
 
 
-def list_games(root: Path, *, split: str, task_types: Sequence[str]) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Games:
+    """The games of a split that can be played, and what else lies there, by reason."""
+
+    playable: tuple[str, ...]
+    left_out: Mapping[str, tuple[str, ...]]
+
+
+def scan_games(root: Path, *, split: str, task_types: Sequence[str]) -> Games:
     """The task ids of a split: POSIX paths of the game files under `root`, sorted.
 
-    As in the public loader, games with movable receptacles or slicing, and those marked unsolvable,
-    are left out. A file that cannot be read is listed: its reset names it, and the run counts it.
-
-    Raises:
-        InputError: the split has no such game.
+    As in the public loader, games with movable receptacles or slicing, those without their
+    trajectory file, and those marked unsolvable are left out. A file that cannot be read is
+    listed: its reset names it, and the run counts it.
     """
     folder = root / split
     wanted = set(task_types)
-    games = []
-    for traj in sorted(folder.glob(f"*/*/{TRAJ_FILE}")):
-        game = traj.with_name(GAME_FILE)
+    playable: list[str] = []
+    left_out: dict[str, list[str]] = {}
+    files = (path for name in (TRAJ_FILE, GAME_FILE) for path in folder.glob(f"*/*/{name}"))
+    for trial in sorted({path.parent for path in files}):
+        game = trial / GAME_FILE
         name = game.relative_to(root).as_posix()
-        if "movable" in name or "Sliced" in name or not game.is_file():
+        if "movable" in name or "Sliced" in name or task_type_of(name) not in wanted:
             continue
-        if task_type_of(name) in wanted and not _marked_unsolvable(game):
-            games.append(name)
-    if not games:
-        why = f"Looked for {split}/*/*/{GAME_FILE} of type {', '.join(task_types)}"
+        reason = _why_left_out(game)
+        if reason:
+            left_out.setdefault(reason, []).append(name)
+        else:
+            playable.append(name)
+    return Games(tuple(playable), {reason: tuple(left_out[reason]) for reason in sorted(left_out)})
+
+
+def list_games(root: Path, *, split: str, task_types: Sequence[str]) -> tuple[str, ...]:
+    """The playable games of `scan_games`.
+
+    Raises:
+        InputError: the split has none.
+    """
+    games = scan_games(root, split=split, task_types=task_types)
+    if not games.playable:
+        looked = f"Looked for {split}/*/*/{GAME_FILE} of type {', '.join(task_types)}"
+        why = ". ".join([looked, *left_out_lines(games)])
         raise InputError(f"no games in split '{split}'", where=str(root), why=why, fix=_FIX)
-    return tuple(games)
+    return games.playable
+
+
+def left_out_lines(games: Games) -> list[str]:
+    """One sentence for each reason, with the count and the first names."""
+    return [
+        f"{len(names)} games left out, {reason}: {', '.join(names[:_NAMED])}"
+        + (", ..." if len(names) > _NAMED else "")
+        for reason, names in games.left_out.items()
+    ]
 
 
 def task_type_of(task_id: str) -> str:
     """The task type that a task id (or the name of a task's folder) begins with."""
     return task_id.rpartition("/trial_")[0].rpartition("/")[2].partition("-")[0]
+
+
+def _why_left_out(game: Path) -> str:
+    """Why the public loader skips the game; empty: it can be played, or shows why not."""
+    if not game.is_file():
+        return f"no {GAME_FILE}"
+    if not game.with_name(TRAJ_FILE).is_file():
+        return f"no {TRAJ_FILE}"
+    return "marked unsolvable" if _marked_unsolvable(game) else ""
 
 
 def _marked_unsolvable(game: Path) -> bool:

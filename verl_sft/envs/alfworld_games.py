@@ -244,7 +244,7 @@ def _make_missing(
 ) -> None:
     """Make the games that are missing and add their rows to `done`, each journalled."""
     for stale in out.glob(f"{_STAGING}*"):
-        shutil.rmtree(stale)
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     fresh = not (out / _JOURNAL).exists()
     journal = AppendLog(out / _JOURNAL)
     try:
@@ -288,7 +288,7 @@ def _make_one(order: _Order) -> dict[str, Any]:
         trial = f"trial_{order.index:06d}_{hashlib.sha256(key.encode()).hexdigest()[:12]}"
         game = game_text(task, trial=trial, wording=order.wording)
         relative = f"{order.split}/{task.name}/{trial}"
-        problem = play_to_win(game)
+        problem = play_to_win(game, folder=Path(order.root).parent)
         if not problem:
             traj = traj_text(task, trial=trial)
             _publish(Path(order.root), relative, {GAME_FILE: game, TRAJ_FILE: traj})
@@ -307,9 +307,13 @@ def _make_one(order: _Order) -> dict[str, Any]:
     )
 
 
-def play_to_win(game: str) -> str:
-    """Play a game's own plan in the engine: "" if it wins, else what went wrong."""
-    descriptor, name = tempfile.mkstemp(suffix=f"-{GAME_FILE}")
+def play_to_win(game: str, *, folder: Path | None = None) -> str:
+    """Play a game's own plan in the engine: "" if it wins, else what went wrong.
+
+    The engine reads files: a temporary one lies in `folder`, where the next run finds it if this
+    one is killed.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=_STAGING, suffix=f"-{GAME_FILE}", dir=folder)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
             stream.write(game)
