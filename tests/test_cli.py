@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,26 @@ def test_errors_have_their_exit_code(
     text = capsys.readouterr().err
     assert message in text and "Traceback" not in text
     assert not list(tmp_path.iterdir())
+
+
+def test_sigterm_leaves_by_the_front_door(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command that SIGTERM stops still cleans up; the exit code is the shell's 128 + 15."""
+    cleaned: list[bool] = []
+
+    def command(words: list[str]) -> int:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+            return 0
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("verl_sft.commands.make_games.main", command)
+    assert main(["make-games"]) == 143 and cleaned == [True]
+    assert "SIGTERM" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_no_words_is_a_usage_error() -> None:

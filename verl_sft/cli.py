@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 
 from verl_sft.errors import StorageError, VerlSftError
 from verl_sft.registry import unknown_name
@@ -48,6 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     debug = "--debug" in words
     try:
+        with _terminable():
+            return _run(words, debug)
+    except _TerminatedError:
+        print("verl-sft: stopped by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
+
+
+def _run(words: list[str], debug: bool) -> int:
+    try:
         if words[0] not in COMMANDS:
             raise unknown_name("command", words[0], COMMANDS)
         module = importlib.import_module(COMMANDS[words[0]][0])
@@ -66,6 +78,28 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         where = str(error.filename or "")
         return _report(StorageError(error.strerror or str(error), where=where), debug)
+
+
+class _TerminatedError(BaseException):
+    """SIGTERM came: temporary files are removed on the way out, as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Turn SIGTERM into an exception while the block runs; commands that can save do better."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise _TerminatedError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report(error: VerlSftError, debug: bool) -> int:

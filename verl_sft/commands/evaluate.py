@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from verl_sft.commands.common import progress, read_words
+from verl_sft.commands.common import progress, read_words, say
 from verl_sft.config.collect import EvaluateConfig
 
 
@@ -19,6 +19,10 @@ def main(words: Sequence[str]) -> int:
 
     with progress("episodes") as bar:
         report = evaluate(config, progress=bar.update)
+    for note in report["notes"]:
+        say(note)
     print(table(report))
+    if report["errors"]:
+        say(f"{len(report['errors'])} episodes failed and are named in the report (`errors`)")
     print(f"policy.constrain={report['constrain']}, report: {report_path(config)}")
     return 0

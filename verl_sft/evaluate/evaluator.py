@@ -6,9 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from verl_sft.collect.rollout import EpisodeSpec, RolloutSettings, plan_episodes, play
+from verl_sft.collect.filters import FAILED
+from verl_sft.collect.rollout import (
+    EpisodeSpec,
+    RolloutSettings,
+    plan_episodes,
+    play,
+    task_notes,
+)
 from verl_sft.config.collect import CollectConfig, EvaluateConfig, PromptConfig
-from verl_sft.errors import UsageError
+from verl_sft.errors import PartialError, UsageError
 from verl_sft.evaluate.metrics import summarise
 from verl_sft.policies.hf_local import prompt_of_model
 from verl_sft.registry import ENVIRONMENTS, POLICIES, PROMPTS, resolve
@@ -30,18 +37,21 @@ def evaluate(
         The report: `overall`, `by_task_type`, `episodes` and the settings it was made with.
 
     Raises:
-        UsageError: no model, or an output that cannot be written.
+        UsageError: no model.
         InputError: no games, or a model that cannot be loaded.
+        StorageError: the report cannot be written.
+        PartialError: more than `rollout.max_errors` of the episodes failed; the report is there.
     """
-    run = as_rollout(config)
     output = report_path(config)
-    make_output_dir(output.parent)
+    run = as_rollout(config)
     make_env = resolve("environment", run.env.name, ENVIRONMENTS)
     settings = RolloutSettings.from_config(run)
     first = make_env(run.env, **run.env_args)
     specs = plan_episodes(first, run)
+    notes = task_notes(first, run.env.split)
     first.close()
     policy = resolve("policy", run.policy.name, POLICIES)(run.policy)
+    make_output_dir(output.parent)
 
     episodes: list[Episode] = []
     for episode in play(
@@ -68,6 +78,7 @@ def evaluate(
         "history": str(settings.history_style),
         "max_steps": settings.max_steps,
         "seed": run.rollout.seed,
+        "notes": notes,
         "episodes": [
             {
                 "task_id": e.task_id,
@@ -80,6 +91,15 @@ def evaluate(
         ],
     }
     write_json(output, report)
+    failed = sum(e.stop_reason in FAILED for e in episodes)
+    if failed > run.rollout.max_errors * len(episodes):
+        raise PartialError(
+            f"{failed} of {len(episodes)} episodes failed",
+            where=str(output),
+            why=f"That is more than rollout.max_errors={run.rollout.max_errors:g}; the first "
+            f"cause: {report['errors'][0]['error']}",
+            fix="`errors` in the report names each game and its cause",
+        )
     return report
 
 
@@ -121,13 +141,16 @@ def _trained_template(trained: JSON) -> str | None:
 def report_path(config: EvaluateConfig) -> Path:
     """Where the report goes."""
     if config.output:
-        return Path(config.output)
+        given = Path(config.output).expanduser()
+        if given.is_dir():
+            raise UsageError("the report is a file, this is a folder", where=f"output={given}")
+        return given
     folder = config.model or config.policy.model
     if folder is None:
         if config.policy.name == "hf":
             raise UsageError("no model is named", fix="Set model=HF_DIR")
         folder = "."
-    return Path(folder) / f"evaluation_{config.env.split}.json"
+    return Path(folder).expanduser() / f"evaluation_{config.env.split}.json"
 
 
 def _first(*values: int | None) -> int:
