@@ -72,6 +72,7 @@ def test_in_pieces_as_at_once(kind: str, flags: str, texts: list[str]) -> None:
     assert parts.ids.tolist() == whole.ids.tolist()
     assert parts.starts.tolist() == whole.starts.tolist()
     assert parts.ends.tolist() == whole.ends.tolist()
+    assert tool.encode(text, places=[]).ids.tolist() == whole.ids.tolist()
 
 
 def test_where_it_cuts() -> None:

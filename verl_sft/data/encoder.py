@@ -92,12 +92,12 @@ class Encoder:
             aliased, origin = self._alias_text(text)
             found = self._aliased.encode(aliased, add_special_tokens=False)
             offsets = origin[np.array(found.offsets, dtype=np.int64).reshape(-1, 2)]
-        else:
+        elif exact:
             found = self._backend.encode(text, add_special_tokens=False)
-            if exact:
-                offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
-            else:
-                offsets = np.broadcast_to(np.array((0, len(text))), (len(found), 2))
+            offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
+        else:  # a quarter faster, for it does not count characters
+            (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
+            offsets = np.broadcast_to(np.array((0, len(text))), (len(found), 2))
         ids = np.frombuffer(array("i", found.ids), dtype=np.int32)  # faster than from a list
         return Encoding(ids, offsets[:, 0], offsets[:, 1])
 
