@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.chat_templates import read_template, template_for, template_names
+from tests.masks_table import parts, table
 from verl_sft.data.messages import Refused, prepare
 from verl_sft.data.render import render
 from verl_sft.data.template import ChatTemplate
@@ -195,6 +196,7 @@ def cell(name: str, shape: str, **options: Any) -> str:
     return "exact"
 
 
+@cache
 def sweep() -> dict[tuple[str, str], str]:
     """`{(template, shape): "exact" or the code of the refusal}`; raises on a wrong mask."""
     return {(name, shape): cell(name, shape) for name in template_names() for shape in SHAPES}
@@ -208,6 +210,11 @@ def test_every_cell_is_exact_or_refused_with_a_reason() -> None:
     assert counts["exact"] >= 0.75 * len(cells), counts
     always = [n for n in template_names() if cells[n, "plain"] == "exact"]
     assert len(always) >= 0.8 * len(template_names()), set(template_names()) - set(always)
+
+
+def test_the_table_in_the_docs_is_the_sweep() -> None:
+    """docs/masking.md shows what was measured; `python -m tests.masks_table` renews it."""
+    assert parts()[1] == table(sweep())
 
 
 NEGATIVE = ("qwen2_5.jinja", "llama3_1.jinja", "phi3.jinja", "gemma3.jinja")
