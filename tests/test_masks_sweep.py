@@ -260,3 +260,35 @@ def test_any_dialogue_is_exact(texts: list[str], name: str) -> None:
         assert refused.code == "merged_boundary"
         return
     assert_exact(template, messages, views)
+
+
+@st.composite
+def agent_chats(draw: st.DrawFn) -> list[Message]:
+    """Chats with system messages, thoughts, tool calls and results, ending anywhere."""
+    messages = [SYSTEM] if draw(st.booleans()) else []
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append(user(draw(_words)))
+        for _ in range(draw(st.integers(0, 2))):
+            calls = [call(draw(_words), n + 1) for n in range(draw(st.integers(1, 2)))]
+            messages.append(says(draw(st.sampled_from(["", "I look."])), draw(_thoughts), *calls))
+            messages += [result(draw(_words), n + 1) for n in range(len(calls))]
+        messages.append(says(draw(_words), draw(_thoughts)))
+    return messages[: draw(st.integers(2, len(messages)))]
+
+
+_thoughts = st.sampled_from([None, "two and two", "hm\nhm"])
+_AGENTS = ("qwen3.jinja", "qwen3_5_think.jinja", "qwen3_8.jinja", "glm4moe.jinja", "qwen2_5.jinja",
+           "nemotron_3_nano.jinja", "gemma4_v5.jinja", "gptoss.jinja")  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
+@given(messages=agent_chats(), name=st.sampled_from(_AGENTS))
+def test_any_agent_chat_is_exact_or_refused(messages: list[Message], name: str) -> None:
+    """Random chats with thoughts and tools: no mask differs from the oracle's."""
+    template = chat_template(name)
+    try:
+        views = render(messages, template=template, tools=tools_of(messages))
+    except Refused as refused:
+        assert refused.code and refused.reason
+        return
+    assert_exact(template, messages, views)
