@@ -6,6 +6,7 @@ behind the generation prompt, up to the stop token named here by hand for each m
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -76,7 +77,7 @@ def says(text: str | None, thought: str | None = None, *calls: dict[str, Any]) -
 
 
 def call(city: str, number: int = 1) -> dict[str, Any]:
-    function = {"name": "get_weather", "arguments": f'{{"city": "{city}"}}'}
+    function = {"name": "get_weather", "arguments": json.dumps({"city": city})}
     return {"type": "function", "id": f"call0000{number}", "function": function}
 
 

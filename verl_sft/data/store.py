@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -150,7 +151,7 @@ class StoreWriter:
             (path / name).open("wb") for name in ("ids.i32", "weights.f32", "names.bin", "flags.u8")
         )
         self._rejected = (path / "rejected.jsonl").open("w", encoding="utf-8")
-        self._offsets, self._name_offsets = [0], [0]
+        self._offsets, self._name_offsets = array("q", [0]), array("q", [0])
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -192,8 +193,8 @@ class StoreWriter:
 
     def finish(self, report: LoadReport, *, key: dict[str, Any]) -> None:
         """Write offsets, counts and key; the directory is then complete."""
-        np.array(self._offsets, dtype=np.int64).tofile(self.path / "offsets.i64")
-        np.array(self._name_offsets, dtype=np.int64).tofile(self.path / "names.i64")
+        (self.path / "offsets.i64").write_bytes(self._offsets.tobytes())
+        (self.path / "names.i64").write_bytes(self._name_offsets.tobytes())
         try:
             for stream in self._streams():
                 stream.close()
