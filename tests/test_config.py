@@ -106,6 +106,9 @@ def test_one_word_is_a_list_of_one() -> None:
         (TrainConfig, "nonsense", "key=value"),
         (CollectConfig, "policy.noise=1.5", "between 0 and 1"),
         (CollectConfig, "env.split=test", "valid_unseen"),
+        (TrainConfig, "trainer.seed=-1", "at least 0"),
+        (TrainConfig, "data.num_workers=-1", "at least 0"),
+        (TrainConfig, "data.train_max_samples=0", "leaves no row"),
         (TrainConfig, "optim.lr=inf", "at least 0"),
         (TrainConfig, "optim.clip_grad=-1", "at least 0"),
         (TrainConfig, "optim.betas=[0.9]", "two numbers"),
@@ -129,6 +132,15 @@ def test_a_wrong_word_is_an_error_that_helps(schema: type, word: str, message: s
     with pytest.raises(UsageError) as caught:
         load_config(schema, [word])
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b"a: [1", b"env: {}\nenv: {}", b"\xff\xfe", b"- 1"])
+def test_a_broken_file_is_named(text: bytes, tmp_path: Path) -> None:
+    """Not YAML, a key given twice, not text, no keys: the file is named, without a traceback."""
+    path = tmp_path / "keys.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UsageError, match=r"keys\.yaml"):
+        load_config(CollectConfig, [f"--config={path}"])
 
 
 def test_words_win_over_the_file(tmp_path: Path) -> None:

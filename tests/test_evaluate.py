@@ -40,6 +40,18 @@ def test_report_is_written(tmp_path: Path) -> None:
     assert len(report["by_task_type"]) == 3 and report["notes"] == []
 
 
+def test_another_prompt_than_trained_is_noted(tmp_path: Path) -> None:
+    """The report says so where the user overrides the prompt that the export names, else not."""
+    trained = {"prompt_template": "default@1", "history_style": "windowed"}
+    (tmp_path / "verl_sft.json").write_text(json.dumps(trained))
+    config = dataclasses.replace(_config(tmp_path / "report.json"), model=str(tmp_path))
+    assert evaluate(config)["notes"] == []
+    other = EvaluatePromptConfig(template="add_wm1", history="dialogue")
+    template, history = evaluate(dataclasses.replace(config, prompt=other))["notes"]
+    assert "default@1" in template and "add_wm1" in template
+    assert "windowed" in history and "dialogue" in history
+
+
 def test_broken_games_are_counted_apart(tmp_path: Path) -> None:
     """A failed environment says nothing about the policy; too many of them fail the command."""
     broken = {str(n): "raise" for n in range(1000, 1002)}

@@ -26,7 +26,7 @@ from verl_sft.envs.alfworld_games import make_games, play_to_win
 from verl_sft.envs.alfworld_problem import Task, game_text, object_type
 from verl_sft.envs.alfworld_rooms import load_room, tables
 from verl_sft.envs.alfworld_wording import grammar
-from verl_sft.errors import InputError, UsageError
+from verl_sft.errors import InputError, MissingExtraError, UsageError
 
 
 def _config(out: Path, **changes: object) -> MakeGamesConfig:
@@ -268,3 +268,17 @@ def test_stock_alfworld_loads_and_plays_them(made: Path) -> None:
             if done:
                 break
         assert state["won"]
+
+
+def test_without_the_engine_no_folder_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing extra is found out before `out` exists."""
+
+    def absent(*args: object) -> None:
+        raise MissingExtraError("alfworld", "alfworld")
+
+    monkeypatch.setattr(alfworld_games, "tables", absent)
+    with pytest.raises(MissingExtraError):
+        make_games(_config(tmp_path / "games"))
+    assert not (tmp_path / "games").exists()

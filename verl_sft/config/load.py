@@ -157,10 +157,15 @@ def _split_config_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     from omegaconf import OmegaConf
+    from yaml import YAMLError
 
     if not path.is_file():
         raise UsageError("no such configuration file", where=str(path))
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    try:
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
+        why = " ".join(str(error).split())
+        raise UsageError("the file is not valid YAML", where=str(path), why=why) from error
     if not isinstance(content, dict):
         raise UsageError("the file holds no key: value pairs", where=str(path))
     return cast("dict[str, Any]", content)

@@ -66,6 +66,10 @@ class DataConfig:
         at_least("data.micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
         at_least("data.max_length", self.max_length, 2)
         fraction("data.max_reject_fraction", self.max_reject_fraction)
+        if self.num_workers is not None:
+            at_least("data.num_workers", self.num_workers, 0)
+        if self.train_max_samples == 0:
+            raise UsageError("data.train_max_samples=0: leaves no row", fix="-1 takes all rows")
 
     @property
     def token_budget(self) -> int:
@@ -165,6 +169,7 @@ class TrainerConfig:
         one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable", "resume_path"))
         one_of("trainer.device", self.device, ("auto", "cuda", "cpu"))
         at_least("trainer.total_epochs", self.total_epochs, 1)
+        at_least("trainer.seed", self.seed, 0)
         if self.total_training_steps is not None:
             at_least("trainer.total_training_steps", self.total_training_steps, 1)
         if self.max_ckpt_to_keep is not None:

@@ -123,10 +123,10 @@ def make_games(config: MakeGamesConfig, *, progress: Progress | None = None) -> 
     out = Path(config.out).expanduser()
     identity = _identity(config)
     _refuse_other(out, identity)
+    orders = _orders(config, out / RELEASE)  # fails without `alfworld`, before a folder is made
     make_output_dir(out)
     with run_lock(out):
         done = _done_before(out, identity)
-        orders = _orders(config, out / RELEASE)
         missing = [o for o in orders if (o.split, o.index) not in done]
         if progress:
             progress(len(done), len(orders))

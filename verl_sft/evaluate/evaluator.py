@@ -48,7 +48,7 @@ def evaluate(
     settings = RolloutSettings.from_config(run)
     first = make_env(run.env, **run.env_args)
     specs = plan_episodes(first, run)
-    notes = task_notes(first, run.env.split)
+    notes = [*task_notes(first, run.env.split), *_prompt_notes(config, settings)]
     first.close()
     policy = resolve("policy", run.policy.name, POLICIES)(run.policy)
     make_output_dir(output.parent)
@@ -123,6 +123,18 @@ def as_rollout(config: EvaluateConfig) -> CollectConfig:
         rollout=config.rollout,
         env_args=config.env_args,
     )
+
+
+def _prompt_notes(config: EvaluateConfig, settings: RolloutSettings) -> list[str]:
+    """A sentence for each way in which the prompt is not the one the model was trained with."""
+    model = config.model or config.policy.model
+    trained = prompt_of_model(model) if model else {}
+    used = {"prompt_template": settings.prompt.label, "history_style": str(settings.history_style)}
+    return [
+        f"The model was trained with {key} {trained[key]} and is evaluated with {now}."
+        for key, now in used.items()
+        if trained.get(key) and trained[key].partition("@")[0] != now.partition("@")[0]
+    ]
 
 
 def _trained_template(trained: JSON) -> str | None:
