@@ -97,7 +97,8 @@ class Encoder:
             offsets = np.array(found.offsets, dtype=np.int64).reshape(-1, 2)
         else:  # a quarter faster, for it does not count characters
             (found,) = self._backend.encode_batch_fast([text], add_special_tokens=False)
-            offsets = np.broadcast_to(np.array((0, len(text))), (len(found), 2))
+            offsets = np.zeros((len(found), 2), dtype=np.int64)
+            offsets[:, 1] = len(text)
         ids = np.frombuffer(array("i", found.ids), dtype=np.int32)  # faster than from a list
         return Encoding(ids, offsets[:, 0], offsets[:, 1])
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from verl_sft.data.encoder import BREAK, any_of
+from verl_sft.data.encoder import BREAK
 from verl_sft.data.template import RESERVED, ChatTemplate
 from verl_sft.types import Message
 
@@ -40,7 +40,7 @@ def prepare(
     Raises:
         Refused: reserved_character, control_token_in_content, bad_tool_arguments, not_text.
     """
-    theirs, own = any_of(template.control), any_of(template.special)
+    theirs, own = template.control_pattern, template.special_pattern
     rows, count = [], 0
     for index, message in enumerate(messages):
         row = _plain_row(message, index=index)
@@ -130,7 +130,8 @@ def _plain_row(message: Message, *, index: int) -> dict[str, Any]:
         row["tool_calls"] = [_call(dict(call), index=index) for call in message.tool_calls]
     else:
         row.pop("tool_calls", None)
-    if RESERVED.search(json.dumps(row, ensure_ascii=False)):
+    plain = len(row) == 2  # role and content
+    if RESERVED.search(row["content"] if plain else json.dumps(row, ensure_ascii=False)):
         raise Refused("reserved_character", f"message {index} holds a reserved private character")
     return row
 

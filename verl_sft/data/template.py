@@ -71,8 +71,8 @@ class ChatTemplate:
         tags = {t for t in self.added if not _THOUGHT_TAG.fullmatch(t)}
         special = self._encoder.special & tags
         spelled = {t for t in tags if t in spec.chat_template and re.search(r"\w", t)}
-        self.special = special
-        self.control = special | {t for t in spelled if len(t) > 1 and not t.isalnum()}
+        control = special | {t for t in spelled if len(t) > 1 and not t.isalnum()}
+        self.control_pattern, self.special_pattern = any_of(control), any_of(special)
         self.added_pattern = any_of(t for t in self.added if t.strip())
         self.encode_short = lru_cache(maxsize=4096)(self._encode_ids)
 
