@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-NAMES = ("start", "games", "collect", "data", "train")
+NAMES = ("start", "games", "collect", "masks", "data", "train")
 
 
 def main(words: list[str]) -> int:
