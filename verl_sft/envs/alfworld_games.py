@@ -126,7 +126,7 @@ def make_games(config: MakeGamesConfig, *, progress: Progress | None = None) -> 
     orders = _orders(config, out / RELEASE)  # fails without `alfworld`, before a folder is made
     make_output_dir(out)
     with run_lock(out):
-        done = _done_before(out, identity)
+        done = _done_before(out)
         missing = [o for o in orders if (o.split, o.index) not in done]
         if progress:
             progress(len(done), len(orders))
@@ -189,7 +189,7 @@ def _read_manifest(out: Path) -> dict[str, Any]:
         raise InputError("the list of games cannot be read", where=where, why=str(error)) from error
 
 
-def _done_before(out: Path, identity: Mapping[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
+def _done_before(out: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The games that an earlier run made and that are still there."""
     rows: list[dict[str, Any]] = []
     if (out / MANIFEST).exists():

@@ -279,7 +279,7 @@ def _open(path: Path, options: ReadOptions) -> tuple[Iterator[JSON], bool]:
         raise InputError(
             f"cannot read '{path.suffix or path.name}' files",
             where=str(path),
-            fix="Use .parquet or .csv; `verl-sft convert` makes parquet from other formats",
+            fix="Use .parquet or .csv",
         )
     parquet = _parquet(path)
     names = frozenset(parquet.schema_arrow.names)
