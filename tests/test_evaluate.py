@@ -52,6 +52,14 @@ def test_another_prompt_than_trained_is_noted(tmp_path: Path) -> None:
     assert "windowed" in history and "dialogue" in history
 
 
+def test_a_key_without_effect_is_noted(tmp_path: Path) -> None:
+    """Evaluation plays in one process: a number of workers is not taken in silence."""
+    config = _config(tmp_path / "report.json")
+    config.rollout.num_workers = 2
+    (note,) = evaluate(config)["notes"]
+    assert "rollout.num_workers" in note
+
+
 def test_broken_games_are_counted_apart(tmp_path: Path) -> None:
     """A failed environment says nothing about the policy; too many of them fail the command."""
     broken = {str(n): "raise" for n in range(1000, 1002)}

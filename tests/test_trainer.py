@@ -28,10 +28,13 @@ from tests.train_ranks import (
     toy_store,
     weights_of,
 )
+from verl_sft.config.load import load_config
+from verl_sft.config.train import TrainConfig
 from verl_sft.data.collate import collate
 from verl_sft.errors import UsageError
 from verl_sft.model.attention import document_kwargs, pick_attention, register_attention
 from verl_sft.model.build import build_model, probe_packing
+from verl_sft.trainer.inputs import ignored_options
 from verl_sft.trainer.launch import exit_code
 from verl_sft.trainer.optim import lr_factor
 from verl_sft.trainer.status import write_status
@@ -449,3 +452,21 @@ def test_schedules(kind: str) -> None:
     assert all(a >= b for a, b in pairwise(factors[10:]))
     if kind == "wsd":
         assert factors[89] == 1.0 > factors[95]
+
+
+def test_a_key_without_effect_is_said() -> None:
+    """Each with its name; a default config, or a key that does have its effect, says nothing."""
+
+    def said(*words: str, on_gpu: bool = False) -> list[str]:
+        return ignored_options(load_config(TrainConfig, words), on_gpu=on_gpu)
+
+    assert said() == [] and said("engine.offload=true", on_gpu=True) == []
+    assert said("trainer.resume_mode=resume_path", "trainer.resume_from_path=x") == []
+    for words in (
+        ["engine.strategy=fsdp"],
+        ["engine.offload=true"],
+        ["trainer.resume_from_path=x"],
+        ["model.lora_rank=8", "model.lora_adapter_path=x"],
+    ):
+        (line,) = said(*words)
+        assert line.startswith(words[0].partition("=")[0])

@@ -49,6 +49,8 @@ def evaluate(
     first = make_env(run.env, **run.env_args)
     specs = plan_episodes(first, run)
     notes = [*task_notes(first, run.env.split), *_prompt_notes(config, settings)]
+    if run.rollout.num_workers is not None:
+        notes.append("rollout.num_workers has no effect: evaluation plays in one process.")
     first.close()
     policy = resolve("policy", run.policy.name, POLICIES)(run.policy)
     make_output_dir(output.parent)

@@ -41,6 +41,7 @@ from verl_sft.trainer.inputs import (
     Inputs,
     check_options,
     fingerprint,
+    ignored_options,
     load_inputs,
     provenance,
 )
@@ -88,6 +89,8 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     with together(world):
         check_options(config, world_size=world.size)
         model_path(config.model)
+        for line in ignored_options(config, on_gpu=world.device.type == "cuda"):
+            say(line)
         absent = [str(name) for name in as_list(config.trainer.logger) if name not in LOGGERS]
         if absent:
             say(f"trainer.logger: no {', '.join(absent)} here; there are {', '.join(LOGGERS)}")

@@ -65,6 +65,23 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
         )
 
 
+def ignored_options(config: TrainConfig, *, on_gpu: bool) -> list[str]:
+    """A line for each key that is set and has no effect beside the others."""
+    model, trainer = config.model, config.trainer
+    lines = []
+    if config.engine.strategy == "fsdp":
+        lines.append("engine.strategy=fsdp is read as fsdp2")
+    if config.engine.offload and not on_gpu:
+        lines.append("engine.offload has no effect: the parameters are in host memory already")
+    if trainer.resume_from_path and trainer.resume_mode != "resume_path":
+        lines.append(
+            f"trainer.resume_from_path has no effect with trainer.resume_mode={trainer.resume_mode}"
+        )
+    if model.lora_adapter_path is not None and model.lora_rank > 0:
+        lines.append("model.lora_rank has no effect: model.lora_adapter_path decides the adapters")
+    return lines
+
+
 def load_inputs(
     config: TrainConfig,
     *,
