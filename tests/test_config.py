@@ -155,3 +155,18 @@ def test_every_key_is_reachable() -> None:
     """The walk that backs the error messages sees nested keys and sections."""
     keys = dict(config_keys(TrainConfig))
     assert keys["data.multiturn.enable"] is None and keys["data.multiturn"] is not None
+
+
+@pytest.mark.parametrize(
+    ("schema", "words"),
+    [
+        (CollectConfig, ["policy=expert", "policy.constrain=admissible"]),
+        (CollectConfig, ["policy=expert", "policy.temperature=0.5"]),
+        (EvaluateConfig, ["policy.noise=0.1"]),
+    ],
+)
+def test_a_key_that_the_policy_cannot_follow_is_refused(schema: type, words: list[str]) -> None:
+    """Named with the key; a policy imported by name may read all of them."""
+    with pytest.raises(UsageError, match=words[-1].partition("=")[0]):
+        load_config(schema, words)
+    load_config(schema, ["policy=my.module:policy", *words[-1:]])

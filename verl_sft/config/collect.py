@@ -49,6 +49,17 @@ class PolicyConfig:
         at_least("policy.temperature", self.temperature, 0)
         at_least("policy.max_new_tokens", self.max_new_tokens, 1)
         at_least("policy.batch_size", self.batch_size, 1)
+        ignored = {  # a policy that is imported by name may read any of these
+            "policy.noise": self.name == "hf" and self.noise != 0,
+            "policy.constrain": self.name == "expert" and self.constrain != "none",
+            "policy.temperature": self.name == "expert" and self.temperature != 0,
+        }
+        for key, wrong in ignored.items():
+            if wrong:
+                raise UsageError(
+                    f"{key} has no effect with policy.name={self.name}",
+                    fix="Leave it out, or use the policy that reads it (noise: expert; others: hf)",
+                )
 
 
 @dataclass
