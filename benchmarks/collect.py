@@ -35,9 +35,7 @@ def main() -> None:
             took[workers] = time.perf_counter() - started
             rate = 300 / took[workers]
             row(f"collect, {workers} worker(s)", f"{rate:.1f} episodes/s", "small games, search")
-        row(
-            "collect, 1 -> 2 workers", f"{took[1] / took[2]:.2f} x", "with start and publishing"
-        )
+        row("collect, 1 -> 2 workers", f"{took[1] / took[2]:.2f} x", "with start and publishing")
 
 
 if __name__ == "__main__":

@@ -76,6 +76,19 @@ def test_turns_and_their_weights() -> None:
     assert text_of(CHATML, view.token_ids).count("2+2 equals 4.") == 1
 
 
+def test_prompts_can_have_a_weight() -> None:
+    """With `prompt_weight` all other text has that weight; an answer that is context stays at 0."""
+    messages = chat("2+2?", "4", "4+4?", "8")
+    (view,) = render(messages, template=CHATML, supervise=[3])
+    (both,) = render(
+        messages, template=CHATML, supervise=[3], options=RenderOptions(prompt_weight=0.1)
+    )
+    assert learned(both, weight=1.0) == learned(view) == "8<|im_end|>\n"
+    assert text_of(CHATML, both.token_ids[both.weights == 0]) == "4<|im_end|>\n"
+    rest = text_of(CHATML, both.token_ids[both.weights == np.float32(0.1)])
+    assert rest.count("<|im_start|>") == 4 and "2+2?" in rest and "4+4?" in rest
+
+
 def test_weights_by_part() -> None:
     """Thought, tool call and the rest of an answer have their own weights."""
     call = {"function": {"name": "look", "arguments": {"at": "fridge"}}}

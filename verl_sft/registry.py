@@ -25,6 +25,7 @@ PROMPTS: dict[str, str] = {
     "default": "verl_sft.prompts.alfworld:DEFAULT",
     "add_wm1": "verl_sft.prompts.alfworld:ADD_WM1",
     "add_wm2": "verl_sft.prompts.alfworld:ADD_WM2",
+    "compact": "verl_sft.prompts.alfworld:COMPACT",
 }
 
 

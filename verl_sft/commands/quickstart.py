@@ -17,6 +17,8 @@ from verl_sft.config.collect import (
     CollectConfig,
     EnvConfig,
     EvaluateConfig,
+    EvaluatePromptConfig,
+    FilterConfig,
     MakeGamesConfig,
     MakeModelConfig,
     OutputConfig,
@@ -139,7 +141,7 @@ def _make_games(config: QuickstartConfig, paths: Paths) -> None:
         num=config.train_games,
         num_valid=config.eval_games,
         seed=config.seed,
-        size="small",
+        size=config.game_size,
     )
     with progress("games") as bar:
         make_games(games, progress=bar.update)
@@ -154,8 +156,9 @@ def _collect(config: QuickstartConfig, paths: Paths) -> JSON:
     run = CollectConfig(
         env=EnvConfig(data_dir=str(paths.games), split="train"),
         policy=PolicyConfig(name="expert", expert="search", noise=config.noise),
-        prompt=PromptConfig(template="default", history="dialogue"),
+        prompt=PromptConfig(template="compact", history="dialogue"),
         rollout=RolloutConfig(num_episodes=config.episodes, seed=config.seed),
+        filter=FilterConfig(max_steps=config.longest_episode),
         output=OutputConfig(dir=str(paths.out), name=data.name, rows="episode"),
     )
     with progress("episodes") as bar:
@@ -188,15 +191,16 @@ def _evaluate(config: QuickstartConfig, paths: Paths, model: Path, constrain: st
     run = EvaluateConfig(
         model=str(model),
         env=EnvConfig(data_dir=str(paths.games), split="valid_unseen"),
-        policy=PolicyConfig(name="hf", constrain=constrain, max_new_tokens=96, batch_size=32),
+        policy=PolicyConfig(name="hf", constrain=constrain, max_new_tokens=96, batch_size=30),
         rollout=RolloutConfig(
             num_episodes=config.eval_games,
             max_steps=config.max_steps,
+            max_invalid=5,
             seed=config.seed,
         ),
         output=str(paths.out / ("after" if trained else "before") / f"evaluation_{constrain}.json"),
     )
-    run.prompt.history = run.prompt.history or "dialogue"
+    run.prompt = EvaluatePromptConfig(template="compact", history="dialogue")
     with progress("episodes") as bar:
         report = evaluate(run, progress=bar.update)
     say(f"generation constrained to admissible actions: {constrain == 'admissible'}")
@@ -220,6 +224,7 @@ def _train(config: QuickstartConfig, paths: Paths) -> None:
         f"trainer.default_local_dir={paths.run}",
         f"trainer.total_epochs={config.epochs}",
         "trainer.max_ckpt_to_keep=1",
+        "trainer.save_freq=500",
         "trainer.experiment_name=quickstart",
         f"trainer.seed={config.seed}",
     ]

@@ -182,7 +182,7 @@ class MakeGamesConfig:
     num: int = 100  # games of the train split; each valid split gets `num_valid`
     num_valid: int | None = None  # default: a tenth of `num`, at least 6
     seed: int = 0
-    size: str = "small"  # small | medium | full (as large as the public games)
+    size: str = "small"  # tiny | small | medium | full (as large as the public games)
     task_types: list[str] = field(default_factory=list)
     wording: str = "2.1.2"  # 2.1.1 "put X in/on Y" | 2.1.2 "move X to Y"
     num_workers: int | None = None
@@ -193,7 +193,7 @@ class MakeGamesConfig:
             between("num_valid", self.num_valid, 0, MOST)
         if self.num_workers is not None:
             at_least("num_workers", self.num_workers, 1)
-        one_of("size", self.size, ("small", "medium", "full"))
+        one_of("size", self.size, ("tiny", "small", "medium", "full"))
         one_of("wording", self.wording, ("2.1.1", "2.1.2"))
 
 

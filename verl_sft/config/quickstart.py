@@ -15,15 +15,17 @@ class QuickstartConfig:
     seed: int = 0
     train_games: int = 500
     eval_games: int = 60
-    episodes: int = 1000  # expert episodes; more than train_games means several per game
+    game_size: str = "tiny"  # 3-5 receptacles; see make-games
+    episodes: int = 1200  # expert episodes; more than train_games means several per game
+    longest_episode: int = 16  # steps; longer ones are not learned from
     noise: float = 0.1  # share of the expert's steps that are random, so that recovery is learned
     model_size: str = "tiny"
     vocab_size: int = 1024
     epochs: int = 3
-    lr: float = 2e-3
-    batch_size: int = 16  # episodes per optimizer step
-    max_length: int = 4096
-    token_budget: int = 8192  # tokens per micro-batch and rank
+    lr: float = 4e-3
+    batch_size: int = 2  # episodes per optimizer step: a model from scratch needs many small ones
+    max_length: int = 2048
+    token_budget: int = 4096  # tokens per micro-batch and rank
     max_steps: int = 30  # steps of an evaluation episode
     nproc: int | None = None  # ranks; default: GPUs, else 2
 

@@ -45,6 +45,7 @@ class DataConfig:
     response_dict_keys: list[str] | None = None
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    prompt_weight: float = 0.0  # of the tokens outside assistant messages; 0: context only
     turn_view: str = "auto"  # auto | single_pass | per_turn | last | indices
     history_thinking: str = "template"  # template | keep | strip
     train_on_eot_newline: bool = True
@@ -66,6 +67,7 @@ class DataConfig:
         at_least("data.micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
         at_least("data.max_length", self.max_length, 2)
         fraction("data.max_reject_fraction", self.max_reject_fraction)
+        at_least("data.prompt_weight", self.prompt_weight, 0)
         if self.num_workers is not None:
             at_least("data.num_workers", self.num_workers, 0)
         if self.train_max_samples == 0:

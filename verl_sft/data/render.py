@@ -14,7 +14,7 @@ from math import isfinite
 from verl_sft.data.messages import Refused, prepare
 from verl_sft.data.template import ChatTemplate
 from verl_sft.data.truncate import cut, window_start
-from verl_sft.data.turns import Conversation
+from verl_sft.data.turns import Conversation, Turn
 from verl_sft.data.view import RenderOptions, View, make_view
 from verl_sft.types import JSON, Message
 
@@ -139,4 +139,24 @@ def _view_of_last(
     if options.turn_view != "per_turn":
         earlier = [conversation.turn(i) for i in remaining[:-1]]
         turns = [t for t in earlier if last.text.startswith(t.text[: t.end])] + turns
-    return make_view(conversation, turns=turns, weights=learned, options=options)
+    context = _unlearned(conversation, turns=turns) if options.prompt_weight else []
+    return make_view(conversation, turns=turns, weights=learned, options=options, context=context)
+
+
+def _unlearned(conversation: Conversation, *, turns: Sequence[Turn]) -> list[Turn]:
+    """The assistant turns of a view that it does not learn."""
+    last = turns[-1]
+    learned = {turn.index for turn in turns}
+    found = [
+        conversation.turn(index)
+        for index, row in enumerate(conversation.rows[: last.index])
+        if row["role"] == "assistant" and index not in learned
+    ]
+    for turn in found:
+        if not last.text.startswith(turn.text[: turn.end]):
+            raise Refused(
+                "history_rewritten",
+                f"the chat template prints message {turn.index} differently once others follow",
+                fix="Set data.prompt_weight=0",
+            )
+    return found

@@ -29,6 +29,7 @@ class RenderOptions:
     reasoning_weight: float = 1.0
     tool_call_weight: float = 1.0
     content_weight: float = 1.0
+    prompt_weight: float = 0.0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -44,6 +45,7 @@ class RenderOptions:
             reasoning_weight=config.mask.reasoning,
             tool_call_weight=config.mask.tool_call,
             content_weight=config.mask.content,
+            prompt_weight=config.prompt_weight,
             template_kwargs=dict(config.apply_chat_template_kwargs),
         )
 
@@ -74,8 +76,12 @@ def make_view(
     turns: Sequence[Turn],
     weights: Mapping[int, float],
     options: RenderOptions,
+    context: Sequence[Turn] = (),
 ) -> View:
     """Tokenise the last turn's rendering once and weigh the tokens of every turn in it.
+
+    `context` are the assistant turns that are not learned; they stay at 0 where
+    `options.prompt_weight` gives the tokens of all other messages a weight.
 
     Raises:
         Refused: merged_boundary (a token crosses the border of a learned span, or the tokens
@@ -83,9 +89,12 @@ def make_view(
     """
     text = turns[-1].text
     conversation.check_context(turns[-1].index)
-    places = [(max(turn.start - 1, 0), turn.newline_end) for turn in turns]
+    places = [(max(turn.start - 1, 0), turn.newline_end) for turn in (*turns, *context)]
     encoding = conversation.template.encode(text, places=places)
-    values = np.zeros(len(encoding.ids), dtype=np.float32)
+    values = np.full(len(encoding.ids), options.prompt_weight, dtype=np.float32)
+    for turn in context:
+        first, stop = np.searchsorted(encoding.ends, (turn.start + 1, turn.newline_end + 1))
+        values[first:stop] = 0
     spans = []
     for turn in turns:
         first, stop = _token_range(

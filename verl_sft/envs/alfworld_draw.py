@@ -10,7 +10,12 @@ from verl_sft.envs.alfworld_problem import LAMP, Task
 from verl_sft.envs.alfworld_rooms import Receptacle, Room, position, room_kind, tables
 
 # size -> (receptacles, loose objects), each from .. to; "full" takes the whole room
-SIZES = {"small": ((6, 9), (8, 14)), "medium": ((12, 18), (16, 28)), "full": ((99, 99), (26, 46))}
+SIZES = {
+    "tiny": ((3, 5), (4, 7)),
+    "small": ((6, 9), (8, 14)),
+    "medium": ((12, 18), (16, 28)),
+    "full": ((99, 99), (26, 46)),
+}
 _MOST_OF_A_TYPE = 3
 _ROOMY = ("CounterTop", "DiningTable", "Desk", "Bed", "Fridge", "SideTable", "CoffeeTable", "Sofa")
 _LAMP_STANDS = ("Desk", "SideTable", "Dresser", "CoffeeTable", "DiningTable", "Shelf", "TVStand")

@@ -18,8 +18,9 @@ from verl_sft.safe_io import make_output_dir, publish_dir
 # hidden, intermediate, layers, heads, key-value heads; parameters without embeddings in the comment
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "nano": (64, 128, 2, 4, 2),  # 0.07M
-    "tiny": (256, 704, 4, 8, 8),  # 3M
-    "small": (384, 1024, 8, 6, 2),  # 12M
+    "tiny": (128, 352, 4, 4, 4),  # 0.8M
+    "small": (256, 704, 4, 8, 8),  # 3M
+    "medium": (384, 1024, 8, 6, 2),  # 12M
     "base": (768, 2048, 14, 12, 4),  # 90M
 }
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

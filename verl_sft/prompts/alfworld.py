@@ -1,4 +1,4 @@
-"""The three ALFWorld prompts: plain reasoning, and two that also model the world."""
+"""The ALFWorld prompts: plain reasoning, two that also model the world, and a compact one."""
 
 from __future__ import annotations
 
@@ -64,4 +64,16 @@ DEFAULT = _template("default", ("think", "action"), _THINK + _ACT)
 ADD_WM1 = _template("add_wm1", ("think", "prediction", "action"), _THINK + _PREDICT + _ACT)
 ADD_WM2 = _template(
     "add_wm2", ("think", "observation", "prediction", "action"), _THINK + _OBSERVE + _PREDICT + _ACT
+)
+
+# For small models: without rules and lists of actions a dialogue has less than half the tokens.
+COMPACT = PromptTemplate(
+    name="compact",
+    version="1",
+    tags=("think", "action"),
+    opening="Task: {task}\n{observation}",
+    with_history="Task: {task}\nSo far:\n{history}\n{observation}",
+    first_turn="Task: {task}\n{observation}",
+    next_turn="{observation}",
+    shorten=shorten_observation,
 )
