@@ -91,7 +91,7 @@ def test_cached_generation_equals_plain_generation(parts: tuple[Any, Any], histo
 
 
 def test_constrained_actions_are_admissible_once_the_tag_is_open(parts: tuple[Any, Any]) -> None:
-    """From `<action>` on, only admissible actions can be spelled; a free model spells others."""
+    """From `<action>` on only admissible actions can be spelled, also by a token that goes on."""
     model, tokenizer = parts
     env = Household()
     seen = env.reset("train/pick-0", seed=0)
@@ -102,10 +102,14 @@ def test_constrained_actions_are_admissible_once_the_tag_is_open(parts: tuple[An
 
     request = PolicyRequest("e", 0, (), seen, (), DEFAULT)
     chat = _Chat(request, [1])
-    chat.text = "<think>x</think>\n<action>"
-    chat.output = policy._encode(chat.text)
-    chat.trie = policy._action_trie(chat)
+    # The model is about to complete the tag with a token that goes on to an action of its own.
+    wanted = policy._encode("<think>x</think>\n<action>go to nowhere")
+    size = next(n for n in range(len(wanted)) if "<action>" in tokenizer.decode(wanted[:n]))
+    chat.output = wanted[: size - 1]
+    logits = torch.zeros(len(tokenizer))
+    logits[wanted[size - 1]] = 1
     chance = torch.Generator().manual_seed(0)
+    policy._pick(chat, logits, chance)
     while not chat.done:
         policy._pick(chat, torch.randn(len(tokenizer), generator=chance), chance)
     parsed = DEFAULT.parse(chat.text, seen.admissible_actions)

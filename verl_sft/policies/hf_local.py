@@ -142,13 +142,8 @@ class HFPolicy:
 
     def _pick(self, chat: _Chat, logits: torch.Tensor, generator: torch.Generator) -> list[int]:
         """Choose the next token of one chat; returns what to feed next (nothing when done)."""
-        if chat.trie is not None:
-            allowed = chat.trie.allowed
-            token = allowed[int(logits[allowed].argmax())]
-            chat.trie = chat.trie.advance(token)
-        else:
-            token = self._sample(logits, generator)
-        if token in self._stop:
+        token = self._choose(chat, logits, generator)
+        if token in self._stop and chat.trie is None:
             chat.done = "stop"
             return []
         chat.output.append(token)
@@ -156,13 +151,32 @@ class HFPolicy:
         if chat.trie is not None and not chat.trie.allowed:
             chat.done = "stop"
             return []
-        if (
-            self._config.constrain == "admissible"
-            and chat.trie is None
-            and chat.text.endswith(OPEN_TAG)
-        ):
-            chat.trie = self._action_trie(chat)
         return [token]
+
+    def _choose(self, chat: _Chat, logits: torch.Tensor, generator: torch.Generator) -> int:
+        if chat.trie is None:
+            token = self._sample(logits, generator)
+            opened = self._opened(chat, token)
+            if not opened:
+                return token
+            chat.trie = self._action_trie(chat, opened)
+        allowed = chat.trie.allowed
+        token = allowed[int(logits[allowed].argmax())]
+        chat.trie = chat.trie.advance(token)
+        return token
+
+    def _opened(self, chat: _Chat, token: int) -> str:
+        """The text up to `<action>` if `token` would go beyond the tag or complete it, else "".
+
+        A token may hold the end of the tag and the first letters of the action (">go"): it is
+        chosen anew among the tokens of the admissible actions.
+        """
+        admissible = chat.request.observation.admissible_actions
+        if self._config.constrain != "admissible" or not admissible or token in self._stop:
+            return ""
+        text = self._tokenizer.decode([*chat.output, token])
+        at = text.find(OPEN_TAG)
+        return text[: at + len(OPEN_TAG)] if at >= 0 else ""
 
     def _sample(self, logits: torch.Tensor, generator: torch.Generator) -> int:
         import torch
@@ -176,15 +190,16 @@ class HFPolicy:
             chances = torch.zeros_like(chances).scatter(0, order, ordered.masked_fill(beyond, 0))
         return int(torch.multinomial(chances, 1, generator=generator))
 
-    def _action_trie(self, chat: _Chat) -> TokenTrie:
-        """The tokens of every admissible action, as they continue the text so far."""
+    def _action_trie(self, chat: _Chat, opened: str) -> TokenTrie:
+        """The tokens of every admissible action behind `opened`, as they continue the output."""
         tails = []
         for action in chat.request.observation.admissible_actions:
-            whole = self._encode(chat.text + action + CLOSE_TAG)
+            whole = self._encode(opened + action + CLOSE_TAG)
             if whole[: len(chat.output)] == chat.output:
                 tails.append(whole[len(chat.output) :])
-            else:  # the tokenizer merges over the border: spell the action on its own
-                tails.append(self._encode(action + CLOSE_TAG))
+            else:  # the model spelled its text in other tokens: spell the rest on its own
+                rest = opened[len(self._tokenizer.decode(chat.output)) :]
+                tails.append(self._encode(rest + action + CLOSE_TAG))
         return TokenTrie.of(tails)
 
     def _encode(self, text: str) -> list[int]:

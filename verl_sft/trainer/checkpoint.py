@@ -178,9 +178,12 @@ def load(
 
 
 def clean_leftovers(directory: Path) -> None:
-    """Remove what a killed save left behind; call it only while holding the run lock."""
-    for path in directory.glob(".tmp-global_step_*"):
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove what a killed run was about to publish; call it only while holding the run lock."""
+    for path in directory.glob(".tmp-*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _publish(temporary: Path, final: Path) -> None:
