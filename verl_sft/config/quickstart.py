@@ -13,15 +13,15 @@ class QuickstartConfig:
 
     out: str = "quickstart"
     seed: int = 0
-    train_games: int = 500
+    train_games: int = 700
     eval_games: int = 60
     game_size: str = "tiny"  # 3-5 receptacles; see make-games
-    episodes: int = 1200  # expert episodes; more than train_games means several per game
+    episodes: int = 1300  # expert episodes; more than train_games means several per game
     longest_episode: int = 16  # steps; longer ones are not learned from
     noise: float = 0.1  # share of the expert's steps that are random, so that recovery is learned
     model_size: str = "tiny"
     vocab_size: int = 1024
-    epochs: int = 3
+    epochs: int = 4
     lr: float = 4e-3
     batch_size: int = 2  # episodes per optimizer step: a model from scratch needs many small ones
     max_length: int = 2048

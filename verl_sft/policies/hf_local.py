@@ -161,7 +161,7 @@ class HFPolicy:
                 return token
             chat.trie = self._action_trie(chat, opened)
         allowed = chat.trie.allowed
-        token = allowed[int(logits[allowed].argmax())]
+        token = allowed[self._sample(logits[allowed], generator)]
         chat.trie = chat.trie.advance(token)
         return token
 
