@@ -16,7 +16,7 @@ class QuickstartConfig:
     train_games: int = 700
     eval_games: int = 60
     game_size: str = "tiny"  # 3-5 receptacles; see make-games
-    episodes: int = 1300  # expert episodes; more than train_games means several per game
+    episodes: int = 1200  # expert episodes; more than train_games means several per game
     longest_episode: int = 16  # steps; longer ones are not learned from
     noise: float = 0.1  # share of the expert's steps that are random, so that recovery is learned
     model_size: str = "tiny"
