@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from verl_sft.prompts.alfworld import ADD_WM1, ADD_WM2, DEFAULT, shorten_observation
+from verl_sft.prompts.alfworld import ADD_WM1, ADD_WM2, COMPACT, DEFAULT, shorten_observation
 from verl_sft.prompts.base import PromptTemplate, answer_text
 from verl_sft.types import Answer, Message, Observation, Step
 
-TEMPLATES = (DEFAULT, ADD_WM1, ADD_WM2)
+TEMPLATES = (DEFAULT, ADD_WM1, ADD_WM2, COMPACT)
 ACTIONS = ("go to fridge 1", "look", "take apple 1 from shelf 1")
 # Prose as an expert writes it: no tags of its own.
 PROSE = st.text(st.characters(codec="ascii", exclude_characters="<>\x00"), max_size=40)
