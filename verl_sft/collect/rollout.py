@@ -272,22 +272,43 @@ class _Running:
     def finish(self, policy_name: str) -> Episode:
         """The frozen episode."""
         assert self.stop is not None
-        settings, spec = self.settings, self.spec
-        return Episode(
-            episode_id=spec.episode_id,
-            env_name=settings.env_name,
-            task_id=spec.task_id,
-            task_type=spec.task_type,
-            split=spec.split,
-            seed=spec.seed,
-            attempt=spec.attempt,
+        return make_episode(
+            self.spec,
+            settings=self.settings,
             policy_name=policy_name,
-            prompt_template=settings.prompt.label,
-            history_style=settings.history_style,
-            history_length=settings.history_length,
-            steps=tuple(self.steps),
             stop_reason=self.stop,
+            steps=self.steps,
             success=self.success,
-            reward=sum(s.reward for s in self.steps),
             error=self.error,
         )
+
+
+def make_episode(
+    spec: EpisodeSpec,
+    *,
+    settings: RolloutSettings,
+    policy_name: str,
+    stop_reason: StopReason,
+    steps: Sequence[Step] = (),
+    success: bool = False,
+    error: str = "",
+) -> Episode:
+    """An episode that has ended, with what its run and its spec say of it."""
+    return Episode(
+        episode_id=spec.episode_id,
+        env_name=settings.env_name,
+        task_id=spec.task_id,
+        task_type=spec.task_type,
+        split=spec.split,
+        seed=spec.seed,
+        attempt=spec.attempt,
+        policy_name=policy_name,
+        prompt_template=settings.prompt.label,
+        history_style=settings.history_style,
+        history_length=settings.history_length,
+        steps=tuple(steps),
+        stop_reason=stop_reason,
+        success=success,
+        reward=float(sum(s.reward for s in steps)),
+        error=error,
+    )

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import IO, Any
 
-from verl_sft.collect.rollout import EpisodeSpec, RolloutSettings
+from verl_sft.collect.rollout import EpisodeSpec, RolloutSettings, make_episode
 from verl_sft.config.collect import CollectConfig
 from verl_sft.errors import InputError, PartialError, UsageError, VerlSftError
 from verl_sft.safe_io import dump_json
@@ -203,24 +203,11 @@ def _start(config: CollectConfig, selector: selectors.BaseSelector) -> _Worker:
 def _crashed(worker: _Worker, cause: str, config: CollectConfig) -> Episode:
     """The episode that a dead worker was playing."""
     assert worker.spec is not None
-    settings = RolloutSettings.from_config(config)
-    spec = worker.spec
-    return Episode(
-        episode_id=spec.episode_id,
-        env_name=settings.env_name,
-        task_id=spec.task_id,
-        task_type=spec.task_type,
-        split=spec.split,
-        seed=spec.seed,
-        attempt=spec.attempt,
+    return make_episode(
+        worker.spec,
+        settings=RolloutSettings.from_config(config),
         policy_name=worker.policy_name,
-        prompt_template=settings.prompt.label,
-        history_style=settings.history_style,
-        history_length=settings.history_length,
-        steps=(),
         stop_reason=StopReason.ENV_ERROR,
-        success=False,
-        reward=0.0,
         error=cause,
     )
 
