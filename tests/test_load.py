@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,48 @@ def test_the_key_follows_everything_that_changes_tokens(tmp_path: Path) -> None:
     assert again == base and (again / "ids.i32").stat().st_mtime_ns == built
     assert load(tmp_path, step_rows(2), train_on_eot_newline=False).path != base
     assert load(tmp_path, step_rows(3)).path != base
+
+
+def test_a_stale_cache_is_refused_with_a_diff(tmp_path: Path) -> None:
+    """Changed options or data: said with old and new values; `require` refuses to build."""
+    load(tmp_path, step_rows(2))
+    with pytest.raises(InputError, match="the token cache is stale") as stale:
+        load(tmp_path, step_rows(2), token_cache="require", max_length=2048)
+    assert "render.max_length: 4096 -> 2048" in str(stale.value)
+    with pytest.raises(InputError, match=r"contents of train\.parquet: ") as stale:
+        load(tmp_path, step_rows(3), token_cache="require")
+    assert "max_length" not in str(stale.value)
+    said: list[str] = []
+    write_parquet(tmp_path / "train.parquet", step_rows(2))
+    for _ in range(2):
+        load_samples(
+            [tmp_path / "train.parquet"],
+            tokenizer=replace(SPEC, chat_template=SPEC.chat_template + "{# other #}"),
+            config=config(token_cache="build"),
+            cache_dir=tmp_path / "cache",
+            say=said.append,
+        )
+    (line,) = said
+    assert "tokenizer.chat_template changed" in line and "tokenising anew" in line
+    with pytest.raises(InputError, match="there is no token cache"):
+        load_samples(
+            [tmp_path / "train.parquet"],
+            tokenizer=SPEC,
+            config=config(token_cache="require"),
+            cache_dir=tmp_path / "elsewhere",
+        )
+
+
+def test_old_caches_are_removed_by_last_use(tmp_path: Path) -> None:
+    """Ten variants leave eight caches; the one that was opened again is among them."""
+    first = load(tmp_path, step_rows(1)).path
+    others = []
+    for length in range(5000, 5009):
+        others.append(load(tmp_path, step_rows(1), max_length=length).path)
+        load(tmp_path, step_rows(1))
+    left = {p for p in (tmp_path / "cache").iterdir() if p.is_dir()}
+    assert left == {first, *others[-7:]}
+    assert not [p for p in others[:2] if (tmp_path / "cache" / f".{p.name}.lock").exists()]
 
 
 def _rank(folder: Path, queue: Any) -> None:

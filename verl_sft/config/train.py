@@ -57,9 +57,11 @@ class DataConfig:
     max_reject_fraction: float = 0.05
     num_workers: int | None = None  # tokenising processes; default: the number of cores
     cache_dir: str | None = None  # token cache; default <run directory>/token_cache
+    token_cache: str = "build"  # build | require: a missing or stale one is refused with a diff
 
     def __post_init__(self) -> None:
         one_of("data.truncation", self.truncation, _TRUNCATION)
+        one_of("data.token_cache", self.token_cache, ("build", "require"))
         one_of("data.turn_view", self.turn_view, _TURN_VIEW)
         one_of("data.history_thinking", self.history_thinking, ("template", "keep", "strip"))
         one_of("data.special_tokens_in_content", self.special_tokens_in_content, _SPECIAL)

@@ -1,7 +1,8 @@
 """Files -> a token cache that all ranks share: tokenised in parallel, once, by whoever is first.
 
 No rank waits inside a collective: each computes the same key, and opens the published directory or
-builds it under a file lock that dies with its process.
+builds it under a file lock that dies with its process. A cache of the same files with another key
+is never used; what differs is said, or refused under `data.token_cache=require`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from itertools import islice
@@ -21,6 +22,7 @@ from pathlib import Path
 
 from verl_sft.config.train import DataConfig
 from verl_sft.data.fold import conversations
+from verl_sft.data.stale import key_changes, remove_old, stale_cache
 from verl_sft.data.store import LoadReport, SampleStore, StoreWriter
 from verl_sft.data.template import TokenizerSpec
 from verl_sft.data.tokenizer import load_tokenizer
@@ -33,6 +35,7 @@ from verl_sft.safe_io import content_hash, file_sha256, make_output_dir, publish
 from verl_sft.types import JSON
 
 _POLL_SECONDS = 0.1
+_KEPT_CACHES = 8  # of one cache directory: the splits and the variants that are being compared
 
 
 def load_samples(
@@ -44,6 +47,7 @@ def load_samples(
     num_workers: int | None = None,
     max_samples: int = -1,
     check: bool = True,
+    say: Callable[[str], None] = lambda line: None,
 ) -> SampleStore:
     """Open the token cache of these files, building it first where it does not exist.
 
@@ -57,20 +61,27 @@ def load_samples(
         num_workers: tokenising processes; default `config.num_workers`, else one per core.
         max_samples: rows to read at most; -1: all.
         check: as `check_store`; without it a store of any quality is opened.
+        say: told by the process that builds why an older cache of these files is not used.
 
     Raises:
-        InputError: too many rows were refused, nothing is left, or a row is too long under
-            `data.truncation=error`.
+        InputError: too many rows were refused, nothing is left, a row is too long under
+            `data.truncation=error`, or there is no valid cache under `data.token_cache=require`.
         StorageError: the cache cannot be written, or is damaged.
     """
     spec = tokenizer if isinstance(tokenizer, TokenizerSpec) else load_tokenizer(tokenizer)
     key = _cache_key(files, spec=spec, config=config, max_samples=max_samples)
-    path = make_output_dir(cache_dir) / content_hash(key)
+    path = cache_dir.expanduser() / content_hash(key)
+    if not path.exists():
+        make_output_dir(path.parent)
     with _building(path) as must_build:
         if must_build:
+            _say_stale(path, key=key, files=files, config=config, say=say)
             workers = num_workers or config.num_workers or len(os.sched_getaffinity(0))
             limit = None if max_samples < 0 else max_samples
             _build(path, files, spec=spec, config=config, workers=workers, limit=limit, key=key)
+            remove_old(path.parent, keep=_KEPT_CACHES)
+    with contextlib.suppress(OSError):  # a cache may be read-only
+        os.utime(path)  # those that were opened last are kept
     store = SampleStore(path)
     if check:
         check_store(store, config=config)
@@ -108,8 +119,30 @@ def check_store(store: SampleStore, *, config: DataConfig) -> None:
             f"nothing is left to train on, of {report.rows} rows",
             where=str(journal),
             why=", ".join(filter(None, (reasons, dropped))),
-            fix="Check data.train_files and the reasons in this file",
+            fix="Check the data files and the reasons in this file",
         )
+
+
+def _say_stale(
+    path: Path,
+    *,
+    key: JSON,
+    files: Sequence[Path],
+    config: DataConfig,
+    say: Callable[[str], None],
+) -> None:
+    """Tell why the newest cache of the same files is of no use; refuse to build if so asked."""
+    stale = stale_cache(path.parent, paths=_absolute(files), key=key)
+    changes = [] if stale is None else key_changes(stale.key, key)
+    if config.token_cache == "require":
+        raise InputError(
+            "the token cache is stale" if stale else "there is no token cache of these files",
+            where=str(stale.path if stale else path.parent),
+            why="; ".join(changes),
+            fix="Set data.token_cache=build to tokenise anew, or undo the change",
+        )
+    if stale is not None:
+        say(f"token cache {stale.path.name} is stale ({'; '.join(changes)}): tokenising anew")
 
 
 def _build(
@@ -149,7 +182,7 @@ def _build(
                 for row in chunk.refused:
                     writer.reject(row)
                 report.add(chunk.counts)
-            writer.finish(report, key=key)
+            writer.finish(report, key={**key, "paths": _absolute(files)})
         if not path.exists():  # a machine without shared locks may have been faster
             publish_dir(temporary, path)
     except OSError as error:
@@ -207,6 +240,10 @@ def _cache_key(
         "max_samples": max_samples,
         "files": [[file.name, file_sha256(file)] for file in files],
     }
+
+
+def _absolute(files: Sequence[Path]) -> list[str]:
+    return [str(file.absolute()) for file in files]
 
 
 @cache

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def tokenizer_spec(tokenizer: Any, *, name: str = "tokenizer") -> TokenizerSpec:
         chat_template=template,
         template_name=template_name,
         special_tokens=special,
-        today=date.today().isoformat() if "strftime_now" in template else "2024-07-26",
     )
 
 

@@ -106,6 +106,7 @@ def load_inputs(
             cache_dir=cache,
             num_workers=data.num_workers,
             max_samples=limit,
+            say=lambda line: print(line, flush=True),  # only one rank builds
         )
 
     with together(world):
