@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-NAMES = ("start", "games", "collect", "masks", "data", "train")
+NAMES = ("start", "games", "collect", "masks", "data", "cache", "train")
 
 
 def main(words: list[str]) -> int:

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from verl_sft import safe_io
@@ -22,31 +21,22 @@ from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World, setup_world
-from verl_sft.distributed.sharding import compute_dtype, reshard, shard
-from verl_sft.errors import OutOfMemoryError, PeerLostError, Preempted, UsageError, VerlSftError
+from verl_sft.errors import OutOfMemoryError, PeerLostError, Preempted
 from verl_sft.export.hf import export_hf
-from verl_sft.model.attention import pick_attention
-from verl_sft.model.build import (
-    DTYPES,
-    build_model,
-    decoder_layers,
-    load_tokenizer,
-    model_path,
-    probe_packing,
-)
+from verl_sft.model.build import load_tokenizer, model_path
 from verl_sft.processes import die_with_parent
 from verl_sft.trainer import checkpoint
+from verl_sft.trainer.assemble import assemble
 from verl_sft.trainer.checkpoint import TrainProgress
+from verl_sft.trainer.failures import as_user_error
 from verl_sft.trainer.inputs import (
-    Inputs,
     check_options,
     fingerprint,
     ignored_options,
     load_inputs,
     provenance,
 )
-from verl_sft.trainer.optim import make_optimizer
-from verl_sft.trainer.sft_trainer import SFTTrainer
+from verl_sft.trainer.resume import find_start
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import STATUS_ENV, write_status
 from verl_sft.trainer.tracking import LOGGERS, Tracker, plot_loss
@@ -144,135 +134,9 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     _done(world, directory, progress)
 
 
-def assemble(
-    config: TrainConfig,
-    *,
-    world: World,
-    inputs: Inputs,
-    tokenizer: Any,
-    directory: Path,
-    marks: dict[str, Any],
-) -> tuple[SFTTrainer, Any]:
-    """Load, probe and shard the model, and put the trainer together."""
-    dtype = compute_dtype(config.engine.dtype, device=world.device)
-    half = dtype is torch.bfloat16
-    if config.engine.model_dtype == "bf16" and world.is_main:
-        print("engine.model_dtype=bf16: small updates are lost to rounding; fp32 is the default")
-    with together(world):
-        attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
-        built = build_model(
-            config.model,
-            dtype=DTYPES[config.engine.model_dtype],
-            attention=attention,
-            seed=config.trainer.seed,
-        )
-        vocabulary = int(built.causal.config.vocab_size)
-        check_fit(inputs, model_config=built.causal.config, num_tokens=len(tokenizer))
-    model = shard(
-        built.loss_model,
-        layers=decoder_layers(built.causal),
-        world=world,
-        dtype=dtype,
-        reshard_after_forward=config.engine.reshard_after_forward,
-        offload=config.engine.offload,
-    )
-    apart = probe_packing(model, device=world.device, half=half, vocab_size=vocabulary)
-    reshard(model)
-    if world.is_main:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
-        print(
-            f"{total:,} parameters, {trained:,} trained; compute {str(dtype)[6:]}, attention "
-            f"{attention}; packed equals alone within {apart:.1e}",
-            flush=True,
-        )
-    trainer = SFTTrainer(
-        config,
-        world=world,
-        model=model,
-        optimizer=make_optimizer(model, config=config.optim),
-        plan=inputs.plan,
-        train_data=inputs.train,
-        val_data=inputs.val,
-        pad_id=int(tokenizer.pad_token_id or 0),
-        fingerprint=marks,
-        directory=directory,
-    )
-    return trainer, model
-
-
 def as_list(value: Any) -> list[Any]:
     """A value that scripts give as a list or as a single word."""
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
-
-
-def find_start(
-    config: TrainConfig, *, directory: Path, marks: dict[str, Any], say: Any
-) -> tuple[Path, dict[str, Any]] | None:
-    """The verified checkpoint to go on from, or None for a fresh run.
-
-    Raises:
-        UsageError: the wanted one is not there, or it belongs to a run with other settings.
-        StorageError: all checkpoints are damaged.
-    """
-    mode = config.trainer.resume_mode
-    if mode == "resume_path":
-        path = Path(str(config.trainer.resume_from_path)).expanduser()
-        if not path.is_dir():
-            near = sorted(str(p) for _, p in checkpoint.list_checkpoints(path.parent))
-            raise UsageError(
-                "no such checkpoint",
-                where=f"trainer.resume_from_path={path}",
-                fix=f"There are: {', '.join(near)}" if near else "Give a global_step_N folder",
-            )
-        found: tuple[Path, dict[str, Any]] | None = (path, checkpoint.verify(path))
-    elif mode == "disable":
-        if checkpoint.list_checkpoints(directory):
-            raise UsageError(
-                "there are checkpoints of an earlier run",
-                where=str(directory),
-                why="trainer.resume_mode=disable starts anew and would mix the two runs",
-                fix="Choose another trainer.default_local_dir, or move them away",
-            )
-        found = None
-    else:
-        found = checkpoint.find_resume(directory, say=say)
-    if found is not None:
-        checkpoint.check_fingerprint(found[1]["fingerprint"], current=marks, where=found[0])
-    return found
-
-
-def check_fit(inputs: Inputs, *, model_config: Any, num_tokens: int) -> None:
-    """Raise if the tokenizer or the longest sample is more than the model was made for."""
-    if num_tokens > model_config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {num_tokens} tokens, the model knows {model_config.vocab_size}",
-            fix="Use the tokenizer that belongs to the model",
-        )
-    longest = int(inputs.train.lengths.max())
-    positions = getattr(model_config, "max_position_embeddings", None) or longest
-    if longest > positions:
-        raise UsageError(
-            f"the longest sample has {longest} tokens, the model was made for {positions}",
-            fix=f"Use data.max_length={positions} with data.truncation, or another model",
-        )
-
-
-def as_user_error(error: Exception) -> VerlSftError | None:
-    """What a user can act on: our own errors, lack of memory, a lost peer; else None."""
-    if isinstance(error, VerlSftError):
-        return error
-    text = str(error)
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text:
-        return OutOfMemoryError(
-            f"out of memory: {text.splitlines()[0] if text else ''}",
-            fix="Lower data.max_token_len_per_gpu, set model.enable_gradient_checkpointing=true, "
-            "or use more ranks",
-        )
-    lost = ("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
-    if isinstance(error, dist.DistError) or any(part in text for part in lost):
-        return PeerLostError(f"another rank is gone: {text.splitlines()[0]}")
-    return None
 
 
 def _stopped_early(number: int, frame: Any) -> None:

@@ -1,0 +1,92 @@
+"""From checked inputs to a trainer: load, probe and shard the model, make the optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl_sft.config.train import TrainConfig
+from verl_sft.distributed.reduce import together
+from verl_sft.distributed.setup import World
+from verl_sft.distributed.sharding import compute_dtype, reshard, shard
+from verl_sft.errors import UsageError
+from verl_sft.model.attention import pick_attention
+from verl_sft.model.build import DTYPES, build_model, decoder_layers, probe_packing
+from verl_sft.trainer.inputs import Inputs
+from verl_sft.trainer.optim import make_optimizer
+from verl_sft.trainer.sft_trainer import SFTTrainer
+
+
+def assemble(
+    config: TrainConfig,
+    *,
+    world: World,
+    inputs: Inputs,
+    tokenizer: Any,
+    directory: Path,
+    marks: dict[str, Any],
+) -> tuple[SFTTrainer, Any]:
+    """Load, probe and shard the model, and put the trainer together."""
+    dtype = compute_dtype(config.engine.dtype, device=world.device)
+    half = dtype is torch.bfloat16
+    if config.engine.model_dtype == "bf16" and world.is_main:
+        print("engine.model_dtype=bf16: small updates are lost to rounding; fp32 is the default")
+    with together(world):
+        attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
+        built = build_model(
+            config.model,
+            dtype=DTYPES[config.engine.model_dtype],
+            attention=attention,
+            seed=config.trainer.seed,
+        )
+        vocabulary = int(built.causal.config.vocab_size)
+        check_fit(inputs, model_config=built.causal.config, num_tokens=len(tokenizer))
+    model = shard(
+        built.loss_model,
+        layers=decoder_layers(built.causal),
+        world=world,
+        dtype=dtype,
+        reshard_after_forward=config.engine.reshard_after_forward,
+        offload=config.engine.offload,
+    )
+    apart = probe_packing(model, device=world.device, half=half, vocab_size=vocabulary)
+    reshard(model)
+    if world.is_main:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        print(
+            f"{total:,} parameters, {trained:,} trained; compute {str(dtype)[6:]}, attention "
+            f"{attention}; packed equals alone within {apart:.1e}",
+            flush=True,
+        )
+    trainer = SFTTrainer(
+        config,
+        world=world,
+        model=model,
+        optimizer=make_optimizer(model, config=config.optim),
+        plan=inputs.plan,
+        train_data=inputs.train,
+        val_data=inputs.val,
+        pad_id=int(tokenizer.pad_token_id or 0),
+        fingerprint=marks,
+        directory=directory,
+    )
+    return trainer, model
+
+
+def check_fit(inputs: Inputs, *, model_config: Any, num_tokens: int) -> None:
+    """Raise if the tokenizer or the longest sample is more than the model was made for."""
+    if num_tokens > model_config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {num_tokens} tokens, the model knows {model_config.vocab_size}",
+            fix="Use the tokenizer that belongs to the model",
+        )
+    longest = int(inputs.train.lengths.max())
+    positions = getattr(model_config, "max_position_embeddings", None) or longest
+    if longest > positions:
+        raise UsageError(
+            f"the longest sample has {longest} tokens, the model was made for {positions}",
+            fix=f"Use data.max_length={positions} with data.truncation, or another model",
+        )
