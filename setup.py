@@ -18,6 +18,8 @@ EXTRAS = {
         "mypy>=1.13",
         "trl>=1.0",
         "types-PyYAML",
+        "pymongo>=4.8",
+        "mongomock>=4.1",
     ],
 }
 
@@ -47,6 +49,8 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "rich>=13",
+        "ijson>=3.2",
+        "fsspec>=2024.2",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["verl-sft = verl_sft.cli:main"]},

@@ -21,7 +21,9 @@ from verl_sft.data.load import load_samples
 from verl_sft.data.plan import plan_epoch
 from verl_sft.envs.alfworld_games import make_games
 from verl_sft.model.tiny import make_model
-from verl_sft.records.io import read_records, resolve_files, write_parquet
+from verl_sft.records.io import write_parquet
+from verl_sft.records.read import read_records
+from verl_sft.records.resolve import resolve_files
 
 ROWS = 10_000
 

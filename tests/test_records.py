@@ -21,12 +21,12 @@ from verl_sft.records.build import episode_rows
 from verl_sft.records.io import (
     CSV_COLUMNS,
     read_metadata,
-    read_records,
-    resolve_files,
     write_csv,
     write_parquet,
 )
 from verl_sft.records.parse import ReadOptions, Reject
+from verl_sft.records.read import read_records
+from verl_sft.records.resolve import resolve_files
 from verl_sft.records.schema import COLUMNS, SFTRecord
 from verl_sft.records.split import split_groups
 from verl_sft.records.text import escape, unescape

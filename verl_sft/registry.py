@@ -28,6 +28,12 @@ PROMPTS: dict[str, str] = {
     "compact": "verl_sft.prompts.alfworld:COMPACT",
 }
 
+# In the order in which formats are tried on a row.
+SOURCES: dict[str, str] = {
+    "own": "verl_sft.records.sources.own:OWN",
+    "verl": "verl_sft.records.sources.verl:VERL",
+}
+
 
 def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
     """The object behind `name`.

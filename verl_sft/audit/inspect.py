@@ -15,7 +15,8 @@ from verl_sft.data.store import SampleStore
 from verl_sft.data.template import TokenizerSpec
 from verl_sft.data.tokenizer import load_tokenizer
 from verl_sft.errors import UsageError
-from verl_sft.records.io import read_records, resolve_files
+from verl_sft.records.read import read_records
+from verl_sft.records.resolve import resolve_files
 from verl_sft.safe_io import dump_json, make_output_dir, publishing, write_json, write_text
 from verl_sft.types import JSON
 

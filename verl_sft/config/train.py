@@ -34,6 +34,7 @@ class DataConfig:
 
     train_files: Any = None  # a path, a list, a glob or an sft_data directory
     val_files: Any = None  # default: val.parquet beside train.parquet; none: no validation
+    format: str = "auto"  # of the rows: a name (convert --help lists them) or file.py:function
     train_batch_size: int = 256  # samples per optimizer step, over all ranks
     micro_batch_size_per_gpu: int = 4
     max_token_len_per_gpu: int | None = None  # default: micro_batch_size_per_gpu * max_length

@@ -35,8 +35,8 @@ def conversations(records: Iterable[SFTRecord], *, multiturn: bool) -> Iterator[
     Rows of an episode fold when they are neighbours in the data and one's messages begin the
     other's: `supervise` is united and every turn is still learned once.
     """
-    if not multiturn:
-        yield from map(single_turn, records)
+    if not multiturn:  # formats that have no pairs give whole conversations in either mode
+        yield from (single_turn(r) if r.prompt is not None else dialogue(r) for r in records)
         return
     for episode, rows in groupby(records, key=lambda record: record.episode_id):
         if episode:
@@ -47,11 +47,9 @@ def conversations(records: Iterable[SFTRecord], *, multiturn: bool) -> Iterator[
 
 def single_turn(record: SFTRecord) -> Conversation:
     """Prompt and response as a chat of two messages, of which the response is learned."""
-    messages = record.messages
-    if record.prompt is not None:
-        messages = (Message("user", record.prompt), Message("assistant", record.response))
+    messages = (Message("user", record.prompt), Message("assistant", record.response))
     weight = record.weights[-1] if record.weights else 1.0
-    learned = {} if record.supervise == () else {len(messages) - 1: weight}
+    learned = {} if record.supervise == () else {1: weight}
     return _conversation(record, messages=messages, weights=learned)
 
 

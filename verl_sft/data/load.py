@@ -29,8 +29,8 @@ from verl_sft.data.tokenizer import load_tokenizer
 from verl_sft.data.view import RenderOptions
 from verl_sft.data.workers import tokenise_all
 from verl_sft.errors import InputError, VerlSftError
-from verl_sft.records.io import read_records
 from verl_sft.records.parse import ReadOptions, Reject
+from verl_sft.records.read import read_records
 from verl_sft.safe_io import content_hash, file_sha256, make_output_dir, publish_dir, storage_error
 from verl_sft.types import JSON
 
@@ -223,6 +223,7 @@ def read_options(config: DataConfig) -> ReadOptions:
         prompt_dict_keys=None if prompt is None else tuple(prompt),
         response_dict_keys=None if response is None else tuple(response),
         enable_thinking_key=config.multiturn.enable_thinking_key,
+        format=config.format,
     )
 
 

@@ -46,6 +46,16 @@ class ReadOptions:
     prompt_dict_keys: tuple[str, ...] | None = None
     response_dict_keys: tuple[str, ...] | None = None
     enable_thinking_key: str = "enable_thinking"
+    format: str = "auto"
+    columns: tuple[tuple[str, str], ...] = ()  # of a data set: (role of the column, its name)
+    tags: tuple[tuple[str, str], ...] = ()  # ShareGPT keys and role names that differ
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether other columns than the default ones were asked for."""
+        if self.multiturn:
+            return self.messages_key != "messages"
+        return (self.prompt_key, self.response_key) != ("prompt_data", "response_data")
 
     @property
     def reads_own_columns(self) -> bool:
@@ -66,20 +76,20 @@ class BadRowError(ValueError):
         self.field, self.code, self.message, self.fix = field, code, message, fix
 
 
-def parse_own(row: Mapping[str, Any], *, options: ReadOptions | None, source: str) -> SFTRecord:
+def parse_own(row: Mapping[str, Any], *, options: ReadOptions) -> SFTRecord:
     """A row of our own schema.
 
     Raises:
         BadRowError: it was damaged, or holds no single-turn pair where one is asked for.
     """
     try:
-        record = row_to_record(row, source=source)
+        record = row_to_record(row)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadRowError(
             "messages_json", "BAD_VALUE", f"the row does not follow the schema: {error}"
         ) from error
     _check_supervised(record.messages, record.supervise, record.weights)
-    if options is not None and not options.multiturn and record.prompt is None:
+    if not options.multiturn and record.prompt is None:
         raise BadRowError(
             options.prompt_key,
             "NO_PROMPT",
@@ -89,7 +99,7 @@ def parse_own(row: Mapping[str, Any], *, options: ReadOptions | None, source: st
     return record
 
 
-def parse_verl(row: Mapping[str, Any], *, options: ReadOptions, source: str) -> SFTRecord:
+def parse_verl(row: Mapping[str, Any], *, options: ReadOptions) -> SFTRecord:
     """A row of any verl-style parquet file.
 
     Raises:
@@ -120,7 +130,7 @@ def parse_verl(row: Mapping[str, Any], *, options: ReadOptions, source: str) -> 
     thinking = row.get(options.enable_thinking_key)
     if thinking is not None:
         known["meta"] = {"enable_thinking": bool(thinking)}
-    return SFTRecord(messages=messages, source=source, **known)
+    return SFTRecord(messages=messages, **known)
 
 
 def parse_messages(value: Any, field: str) -> tuple[tuple[Message, ...], dict[int, float] | None]:

@@ -18,7 +18,7 @@ from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World
 from verl_sft.errors import UsageError
 from verl_sft.model.build import model_fingerprint
-from verl_sft.records.io import resolve_files
+from verl_sft.records.resolve import resolve_files
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.sft_trainer import RunPlan
 

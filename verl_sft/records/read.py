@@ -1,0 +1,131 @@
+"""Files of any known format to records, streaming; what cannot be used is reported row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+from verl_sft.errors import InputError
+from verl_sft.records.files import Row, open_rows
+from verl_sft.records.parse import BadRowError, ReadOptions, Reject
+from verl_sft.records.schema import SFTRecord
+from verl_sft.records.sources.base import SourceFormat
+from verl_sft.records.sources.custom import custom_format
+from verl_sft.registry import SOURCES, resolve
+from verl_sft.types import JSON
+
+RejectSink = Callable[[Reject], None]
+_LOOKED_AT = 20  # rows that a format is recognised by
+
+
+def read_records(
+    files: Path | str | Iterable[Path | str],
+    *,
+    options: ReadOptions | None = None,
+    reject: RejectSink | None = None,
+) -> Iterator[SFTRecord]:
+    """Stream records from files, a few hundred rows at a time.
+
+    Args:
+        files: one file or several, read in order.
+        options: which format and which columns; None recognises the format and reads whole
+            conversations.
+        reject: told of every row that cannot be used, which is then left out.
+
+    Raises:
+        InputError: a file cannot be read, is of no known format or lacks a needed column; or,
+            without `reject`, a row cannot be used.
+    """
+    for name in [files] if isinstance(files, Path | str) else files:
+        yield from _read_file(Path(name), options or ReadOptions(multiturn=True), reject)
+
+
+def _read_file(path: Path, options: ReadOptions, reject: RejectSink | None) -> Iterator[SFTRecord]:
+    opened = open_rows(path)
+    head: list[Row] = []
+    chosen = None
+    for row in opened.rows:
+        head.append(row)
+        if isinstance(row, dict):
+            chosen = pick_format(row, columns=opened.columns, options=options, where=path)
+        if chosen is not None or len(head) == _LOOKED_AT:
+            break
+    if chosen is None and opened.columns is not None:  # no row, but the columns can be checked
+        empty = dict.fromkeys(opened.columns)
+        chosen = pick_format(empty, columns=opened.columns, options=options, where=path)
+    for index, row in enumerate(chain(head, opened.rows)):
+        try:
+            if not isinstance(row, dict):
+                raise row
+            assert chosen is not None
+            for record in chosen.read(row, options):
+                yield replace(record, source=f"{path.name}:{index}")
+        except BadRowError as bad:
+            if reject is None:
+                where = f"{path}:{index}:{bad.field}"
+                raise InputError(bad.message, where=where, why=bad.code, fix=bad.fix) from bad
+            reject(Reject(str(path), index, bad.field, bad.code, bad.message, bad.fix))
+
+
+def pick_format(
+    row: JSON, *, columns: frozenset[str] | None, options: ReadOptions, where: Path
+) -> SourceFormat:
+    """The format of a file, as named by the options or recognised by its first row.
+
+    Raises:
+        InputError: no format fits, or the options name a column that is not there.
+    """
+    if options.format != "auto":
+        return find_format(options.format)
+    own, verl = find_format("own"), find_format("verl")
+    if own.detect(row) and options.reads_own_columns:
+        return own
+    if options.names_columns:
+        need_columns(where, columns or frozenset(row), options)
+        return verl
+    for name in SOURCES:
+        if name not in ("own", "verl") and (found := find_format(name)).detect(row):
+            return found
+    if columns is None and not verl.detect(row):
+        raise InputError(
+            "the rows are of no known format",
+            where=str(where),
+            why=f"The keys of the first one are: {', '.join(map(str, row))}",
+            fix=f"Set data.format to one of {', '.join(SOURCES)}, or to file.py:function",
+        )
+    need_columns(where, columns or frozenset(row), options)
+    return verl
+
+
+def find_format(name: str) -> SourceFormat:
+    """A format by its name, or a user's own function `file.py:function` that reads one row.
+
+    Such a function takes a row (dict) and returns a record or a row of ours, a list of these, or
+    None to leave the row out.
+
+    Raises:
+        UsageError: the name is unknown or cannot be imported.
+    """
+    found = resolve("data format", name, SOURCES)
+    return found if isinstance(found, SourceFormat) else custom_format(name, found)
+
+
+def need_columns(path: Path, columns: frozenset[str], options: ReadOptions) -> None:
+    """Raise where a column that the options name is not in the file."""
+    keys = {"data.prompt_key": options.prompt_key, "data.response_key": options.response_key}
+    if options.multiturn:
+        keys = {"data.multiturn.messages_key": options.messages_key}
+    for key, column in keys.items():
+        if column in columns:
+            continue
+        hint = ""
+        if not options.multiturn and "messages" in columns:
+            hint = ", or data.multiturn.enable=true to train on 'messages'"
+        raise InputError(
+            f"there is no column '{column}'",
+            where=str(path),
+            why=f"The columns there are: {', '.join(sorted(columns))}",
+            fix=f"Set {key} to one of them{hint}",
+        )
