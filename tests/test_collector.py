@@ -42,7 +42,7 @@ from verl_sft.errors import (
 )
 from verl_sft.prompts.alfworld import DEFAULT
 from verl_sft.records.build import episode_rows
-from verl_sft.records.io import read_records
+from verl_sft.records.read import read_records
 from verl_sft.safe_io import AppendLog, read_log, run_lock
 from verl_sft.types import Episode, StopReason
 
