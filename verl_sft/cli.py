@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "make-games": ("verl_sft.commands.make_games", "generate ALFWorld games"),
     "make-model": ("verl_sft.commands.make_model", "build a small model and its tokenizer"),
     "collect": ("verl_sft.commands.collect", "play an environment, write train and val rows"),
+    "convert": ("verl_sft.commands.convert", "data of other tools into ours, and back"),
     "inspect": ("verl_sft.commands.inspect", "show what a run would train on, token by token"),
     "train": ("verl_sft.commands.train", "fine-tune a model on rows"),
     "evaluate": ("verl_sft.commands.evaluate", "measure success in an environment"),
