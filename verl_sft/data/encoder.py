@@ -20,6 +20,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from verl_sft.data.sample import Int32Array
+from verl_sft.data.words import word_encoder
 from verl_sft.errors import UsageError
 
 # Private-use characters: never text, untouched by normalisers, refused in contents.
@@ -56,6 +57,7 @@ class Encoder:
             self._backend.get_vocab_size() + 1 + max(self.added.values(), default=0), dtype=bool
         )
         self.is_added[list(self.added.values())] = True
+        self._words = word_encoder(self._backend, backend=backend, any_of=any_of)
         self._separator = any_of(_separators(backend["added_tokens"]))
         self._remembered = lru_cache(maxsize=_REMEMBERED_PIECES)(self.encode_whole)
 
@@ -70,10 +72,12 @@ class Encoder:
         Raises:
             UnicodeError: the text holds a lone surrogate.
         """
+        if self._words and (found := self._words.encode(text)):
+            return Encoding(*found)
         cuts = [0, *(m.start() for m in self._separator.finditer(text) if m.start()), len(text)]
         parts = []
         for begin, end in pairwise(cuts):
-            exact = places is None or any(a <= end and begin <= b for a, b in places)
+            exact = places is None or any(a < end and begin < b for a, b in places)
             parts.append(self._piece(text[begin:end], exact))
         if len(parts) == 1:
             return parts[0]

@@ -12,7 +12,7 @@ from dataclasses import replace
 from math import isfinite
 
 from verl_sft.data.messages import Refused, prepare
-from verl_sft.data.template import ChatTemplate
+from verl_sft.data.template import ChatTemplate, TemplateFailure
 from verl_sft.data.truncate import cut, window_start
 from verl_sft.data.turns import Conversation, Turn
 from verl_sft.data.view import RenderOptions, View, make_view
@@ -59,6 +59,8 @@ def render(
             needs_thoughts=options.reasoning_weight != 0,
         )
         views = _views(conversation, learned=learned, options=options)
+    except TemplateFailure as error:  # already when it was asked what contents it takes
+        raise Refused("template_error", f"the chat template fails: {error}") from error
     except UnicodeError as error:
         raise Refused("bad_unicode", f"the text cannot be encoded as UTF-8: {error}") from error
     return [replace(view, escaped=escaped) for view in views]

@@ -15,12 +15,15 @@ from typing import Any
 import jinja2
 
 from verl_sft.data.encoder import Encoder, Encoding, any_of
-from verl_sft.data.sandbox import GENERATION, Sandbox
+from verl_sft.data.jinja_code import GENERATION
+from verl_sft.data.limits import OutOfLimitsError
+from verl_sft.data.sandbox import Sandbox
 from verl_sft.errors import UsageError
 
 RESERVED = re.compile("[\U0010f8f0-\U0010f8f4]")  # the private characters of this package
 
 _PROBE = "Zq7vKx"
+_MAX_TEMPLATE_CHARS = 1_000_000  # the longest known ones have some 20,000
 _THOUGHT_TAG = re.compile("</?(?:think|thinking|thought|reasoning)>")
 
 
@@ -51,14 +54,27 @@ class TemplateFailure(Exception):
     """The template refused the conversation, failed on it, or ran out of its limits."""
 
 
+class RunawayTemplate(TemplateFailure):
+    """The template ran out of its limits."""
+
+
 class ChatTemplate:
     """Renders and encodes; pure after construction."""
 
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
         self._sandbox = Sandbox(spec.today)
+        if len(spec.chat_template) > _MAX_TEMPLATE_CHARS:
+            raise UsageError(
+                f"the chat template has over {_MAX_TEMPLATE_CHARS} characters",
+                where=spec.template_name,
+            )
         try:
             self._template = self._sandbox.from_string(spec.chat_template)
+        except RecursionError as error:
+            raise UsageError(
+                "the chat template is nested too deeply", where=spec.template_name
+            ) from error
         except jinja2.TemplateSyntaxError as error:
             raise UsageError(
                 f"the chat template is not valid jinja: {error.message}",
@@ -94,6 +110,8 @@ class ChatTemplate:
         values["add_generation_prompt"] = add_generation_prompt
         try:
             text = self._sandbox.run(self._template, values)
+        except OutOfLimitsError as error:
+            raise RunawayTemplate(str(error)) from error
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise TemplateFailure(str(error) or type(error).__name__) from error
         except (IndexError, ArithmeticError, RecursionError, MemoryError) as error:
@@ -168,6 +186,8 @@ class ChatTemplate:
                 add_generation_prompt=False,
                 template_kwargs={},
             ).text
+        except RunawayTemplate:
+            raise
         except TemplateFailure:
             return ""
 
