@@ -49,6 +49,7 @@ class ReadOptions:
     format: str = "auto"
     columns: tuple[tuple[str, str], ...] = ()  # of a data set: (role of the column, its name)
     tags: tuple[tuple[str, str], ...] = ()  # ShareGPT keys and role names that differ
+    mask_history: bool | None = None  # learn the last answer only; None: as the format has it
 
     @property
     def names_columns(self) -> bool:
@@ -155,7 +156,7 @@ def parse_messages(value: Any, field: str) -> tuple[tuple[Message, ...], dict[in
         alias = next((a for a in WEIGHT_ALIASES if entry.get(a) is not None), None)
         if alias is None:
             continue
-        flags[index] = _weight(entry[alias], f"{where}.{alias}")
+        flags[index] = weight_of(entry[alias], f"{where}.{alias}")
         if flags[index] > 0 and messages[-1].role != "assistant":
             raise BadRowError(
                 f"{where}.{alias}",
@@ -234,7 +235,7 @@ def _scalars(row: Mapping[str, Any]) -> JSON:
     if isinstance(reward, int | float) and not math.isnan(reward):
         known["reward"] = float(reward)
     if row.get("sample_weight") is not None:
-        known["sample_weight"] = _weight(plain(row["sample_weight"]), "sample_weight")
+        known["sample_weight"] = weight_of(plain(row["sample_weight"]), "sample_weight")
     return known
 
 
@@ -255,10 +256,15 @@ def _check_supervised(
         message = f"{len(weights)} weights for {len(supervise)} learned messages"
         raise BadRowError("weights", "BAD_LENGTH", message)
     for value in weights or ():
-        _weight(value, "weights")
+        weight_of(value, "weights")
 
 
-def _weight(value: Any, field: str) -> float:
+def weight_of(value: Any, field: str) -> float:
+    """A loss weight given as a number or a flag.
+
+    Raises:
+        BadRowError: it is neither, or negative.
+    """
     if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
         fix = "Use true, false or a number of at least 0"
         raise BadRowError(field, "BAD_WEIGHT", f"{value!r:.40} is not a weight", fix)

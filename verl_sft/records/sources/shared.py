@@ -1,0 +1,110 @@
+"""What text formats share: messages as text and back, and the fields that they have no place for.
+
+A writer puts the natural view of a record where the tool looks for it, and beside it, under `KEY`,
+what that view cannot say. A reader trusts the second only where the first still agrees with it, so
+that a text that was edited in the file is the text that is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from verl_sft.records.parse import BadRowError
+from verl_sft.records.rows import load_json, message_text, record_to_row, row_to_record
+from verl_sft.records.schema import COLUMNS, SFTRecord
+from verl_sft.safe_io import dump_json
+from verl_sft.types import JSON, Message
+
+KEY = "verl_sft"
+_IN_VIEW = ("messages", "messages_json", "tools_json")
+_EMPTY = record_to_row(SFTRecord(messages=()))
+
+
+def extras(record: SFTRecord) -> JSON:
+    """The columns of a record, beside messages and tools, that are not at their defaults."""
+    row = record_to_row(record)
+    return {c: row[c] for c in COLUMNS if c not in _IN_VIEW and row[c] != _EMPTY[c]}
+
+
+def from_extras(value: Any, *, messages: Sequence[Message], **known: Any) -> SFTRecord:
+    """A record of `messages` with the columns that `extras` kept; `known` fields win.
+
+    Raises:
+        BadRowError: they do not hold what their columns hold.
+    """
+    given = _object(value, KEY)
+    row = {**given, "messages_json": "[]", "messages": None, "tools_json": None}
+    try:
+        kept = row_to_record(row)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadRowError(KEY, "BAD_VALUE", f"a kept field cannot be read: {error}") from error
+    values = {f.name: getattr(kept, f.name) for f in fields(SFTRecord)}
+    return SFTRecord(**{**values, "messages": tuple(messages), **known})
+
+
+def kept_message(message: Message) -> JSON | None:
+    """The message as JSON where its text alone would not give it back."""
+    plain = message == Message(message.role, message_text(message))
+    return None if plain else message.to_json()
+
+
+def message_of(role: str, text: str, kept: Any) -> Message:
+    """The message of a role and text; `kept` where it still says the same."""
+    if isinstance(kept, Mapping):
+        message = Message.from_json(dict(kept))
+        if message.role == role and message_text(message) == text:
+            return message
+    return Message(role, text)
+
+
+def text_of(value: Any, field: str, *, optional: bool = False) -> str:
+    """A text cell.
+
+    Raises:
+        BadRowError: it is missing (unless `optional`) or not text.
+    """
+    if value is None and optional:
+        return ""
+    if not isinstance(value, str):
+        found = "nothing" if value is None else type(value).__name__
+        raise BadRowError(field, "NO_TEXT", f"expected text, found {found}")
+    return value
+
+
+def tools_of(value: Any, field: str) -> tuple[JSON, ...] | None:
+    """Tool schemas, given as a list or as JSON text; bare function schemas get their wrapper.
+
+    Raises:
+        BadRowError: they are not a list of objects.
+    """
+    if value is None or value == "":
+        return None
+    if isinstance(value, str):
+        try:
+            value = load_json(value)
+        except ValueError as error:
+            raise BadRowError(field, "BAD_JSON", f"the tools are not JSON: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise BadRowError(field, "BAD_TYPE", "the tools are not a list of objects")
+    wrapped = (t if "function" in t else {"type": "function", "function": t} for t in value)
+    return tuple(wrapped) or None
+
+
+def tools_text(tools: Sequence[JSON] | None) -> str | None:
+    """Tool schemas as JSON text, None where there are none."""
+    return None if tools is None else dump_json(list(tools))
+
+
+def _object(value: Any, field: str) -> JSON:
+    if value is None:
+        return {}
+    if isinstance(value, str):
+        try:
+            value = load_json(value)
+        except ValueError as error:
+            raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise BadRowError(field, "BAD_TYPE", f"expected an object, found {type(value).__name__}")
+    return value
