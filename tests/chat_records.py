@@ -45,8 +45,8 @@ USERS = st.builds(Message, role=st.just("user"), content=TEXT)
 
 @st.composite
 def records(draw: Any, *, alternating: bool = False) -> SFTRecord:
-    """A record; `alternating`: one question before each answer, the last message an answer."""
-    messages = draw(st.lists(SYSTEMS, max_size=1))
+    """A record; `alternating`: one question before each answer, no empty system text."""
+    messages = draw(st.lists(SYSTEMS.filter(lambda m: m.content or not alternating), max_size=1))
     for _ in range(draw(st.integers(1, 3))):
         messages.append(draw(USERS | RESULTS))
         if not alternating:

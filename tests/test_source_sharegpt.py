@@ -52,7 +52,7 @@ def test_roles_tools_and_system(tmp_path: Path) -> None:
     assert first.messages[2] == Message("assistant", None, tool_calls=(call,))
     assert first.messages[4].content == "<think>sum?</think>\nit is 26"
     assert first.supervise is None and first.source == "merged.json:0"
-    assert [m.role for m in second.messages][0] == "user"
+    assert second.messages[0].role == "user"
 
 
 def test_names_of_columns_and_tags() -> None:
