@@ -31,6 +31,8 @@ PROMPTS: dict[str, str] = {
 # In the order in which formats are tried on a row.
 SOURCES: dict[str, str] = {
     "own": "verl_sft.records.sources.own:OWN",
+    "envscaler": "verl_sft.records.sources.envscaler:ENVSCALER",
+    "pettingllms": "verl_sft.records.sources.pettingllms:PETTINGLLMS",
     "sharegpt": "verl_sft.records.sources.sharegpt:SHAREGPT",
     "alpaca": "verl_sft.records.sources.alpaca:ALPACA",
     "verl": "verl_sft.records.sources.verl:VERL",

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from verl_sft.errors import InputError
 from verl_sft.records.columns import CSV_COLUMNS, CSV_SAFE, OWN_COLUMNS, from_cell
-from verl_sft.records.parse import BadRowError
+from verl_sft.records.parse import BadRowError, without_nulls
 from verl_sft.records.rows import load_json
 from verl_sft.types import JSON
 
@@ -60,8 +60,9 @@ def _open_parquet(path: Path) -> RowFile:
     parquet = open_parquet(path)
     names = frozenset(parquet.schema_arrow.names)
     # `messages` of our own files only repeats `messages_json`.
-    columns = sorted(names & set(CSV_COLUMNS)) if names >= OWN_COLUMNS else None
-    return RowFile(names, _parquet_rows(path, parquet, columns))
+    if names >= OWN_COLUMNS:
+        return RowFile(names, _parquet_rows(path, parquet, sorted(names & set(CSV_COLUMNS))))
+    return RowFile(names, map(without_nulls, _parquet_rows(path, parquet, None)))
 
 
 def _open_csv(path: Path) -> RowFile:

@@ -1,7 +1,7 @@
 """Rows of other tools, in verl's parquet conventions, to records; bad rows become `Reject`s.
 
-Values may come as Python objects, numpy arrays, Arrow structs or JSON text; nulls that Arrow
-invented by unifying structs are removed, nulls inside JSON text are the writer's and stay.
+Values may come as Python objects, numpy arrays, Arrow structs or JSON text. Nulls that Arrow
+invented by unifying structs are gone already (`without_nulls`); others are the writer's and stay.
 """
 
 from __future__ import annotations
@@ -296,11 +296,22 @@ def _json(text: str, field: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Numpy values as Python ones; nulls of structs removed, for Arrow invents them."""
+    """Numpy values as Python ones, tuples as lists."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items() if v is not None}
+        return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
+    return value
+
+
+def without_nulls(value: Any) -> Any:
+    """As `plain`, and without the nulls of structs: Arrow invents them for other rows' keys."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list | tuple):
+        return [without_nulls(v) for v in value]
     return value

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from verl_sft.records.parse import BadRowError
+from verl_sft.records.parse import BadRowError, ReadOptions
 from verl_sft.records.rows import load_json, message_text, record_to_row, row_to_record
 from verl_sft.records.schema import COLUMNS, SFTRecord
 from verl_sft.safe_io import dump_json
@@ -28,13 +28,23 @@ def extras(record: SFTRecord) -> JSON:
     return {c: row[c] for c in COLUMNS if c not in _IN_VIEW and row[c] != _EMPTY[c]}
 
 
+def added(record: SFTRecord, *, read_back: SFTRecord) -> JSON:
+    """`{KEY: columns}` for what the natural view, read back, would lose or invent; else empty.
+
+    A column that the view fills and the record has not is there as null.
+    """
+    wanted, found = extras(record), extras(read_back)
+    changed = {c: wanted.get(c) for c in {**found, **wanted} if found.get(c) != wanted.get(c)}
+    return {KEY: changed} if changed else {}
+
+
 def from_extras(value: Any, *, messages: Sequence[Message], **known: Any) -> SFTRecord:
     """A record of `messages` with the columns that `extras` kept; `known` fields win.
 
     Raises:
         BadRowError: they do not hold what their columns hold.
     """
-    given = _object(value, KEY)
+    given = object_of(value, KEY)
     row = {**given, "messages_json": "[]", "messages": None, "tools_json": None}
     try:
         kept = row_to_record(row)
@@ -57,6 +67,24 @@ def message_of(role: str, text: str, kept: Any) -> Message:
         if message.role == role and message_text(message) == text:
             return message
     return Message(role, text)
+
+
+def learned_by(
+    messages: Sequence[Message], flags: Mapping[int, float] | None, *, options: ReadOptions
+) -> JSON:
+    """`supervise` and `weights` where flags of messages or the options choose what is learned.
+
+    Raises:
+        BadRowError: the flags leave nothing to learn.
+    """
+    if options.mask_history:
+        last = max(i for i, m in enumerate(messages) if m.role == "assistant")
+        return {"supervise": (last,), "weights": None}
+    if flags is None:
+        return {}
+    if not flags:
+        raise BadRowError("messages", "NOTHING_LEARNED", "every answer has weight 0")
+    return {"supervise": tuple(flags), "weights": tuple(flags.values())}
 
 
 def text_of(value: Any, field: str, *, optional: bool = False) -> str:
@@ -97,7 +125,12 @@ def tools_text(tools: Sequence[JSON] | None) -> str | None:
     return None if tools is None else dump_json(list(tools))
 
 
-def _object(value: Any, field: str) -> JSON:
+def object_of(value: Any, field: str) -> JSON:
+    """An object, given as one or as JSON text; nothing is an empty one.
+
+    Raises:
+        BadRowError: it is something else.
+    """
     if value is None:
         return {}
     if isinstance(value, str):
