@@ -3,7 +3,7 @@
     global_step_12/
       manifest.json                 step, epoch, fingerprints, and sha256 + size of each file
       shard_00000_of_00002.safetensors   rank 0's rows of each tensor, optimizer, RNG
-      shard_00001_of_00002.safetensors
+      shard_00001_of_00002.safetensors   ranks of a second copy of the parameters: RNG alone
 
 Sharding cuts the first dimension, so any number of ranks can read the rows it needs. The directory
 decides; `latest_checkpointed_iteration.txt` is for people and scripts.
@@ -141,7 +141,7 @@ def save(
         with together(world), _writing(temporary):
             temporary.mkdir(exist_ok=True)
             name = f"shard_{world.rank:05d}_of_{world.size:05d}.safetensors"
-            write_shard(temporary / name, state=state)
+            write_shard(temporary / name, state=state, world=world)
             safe_io.fsync_path(temporary / name)
             size = (temporary / name).stat().st_size
             facts = {"name": name, "size": size, "sha256": safe_io.file_sha256(temporary / name)}

@@ -20,7 +20,7 @@ from verl_sft import safe_io
 from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.reduce import together
-from verl_sft.distributed.setup import World, setup_world
+from verl_sft.distributed.setup import World, arrange, setup_world
 from verl_sft.errors import OutOfMemoryError, PeerLostError, Preempted
 from verl_sft.export.hf import export_hf
 from verl_sft.model.build import load_tokenizer, model_path
@@ -90,6 +90,11 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
             owned.append(directory)
             checkpoint.clean_leftovers(directory)
             write_status(directory, state="running", code=None)
+    world = arrange(
+        world,
+        sp_size=config.ulysses_sequence_parallel_size,
+        fsdp_size=config.engine.fsdp_size,
+    )
     with together(world):
         tokenizer = load_tokenizer(config.model)
     inputs = load_inputs(config, tokenizer=tokenizer, directory=directory, world=world, say=say)

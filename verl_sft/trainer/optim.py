@@ -73,7 +73,7 @@ def gradient_norm(parameters: Iterable[nn.Parameter], *, world: World) -> float:
     if grads:
         norms = torch.stack(torch._foreach_norm([g for g in grads if g.numel()] or grads, 2))
         squares = float(norms.double().square().sum())
-    return math.sqrt(sum_over_ranks([squares], world=world)[0])
+    return math.sqrt(sum_over_ranks([squares], world=world)[0] / world.num_replicas)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], *, factor: float) -> None:

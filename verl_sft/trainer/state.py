@@ -48,15 +48,15 @@ def ensure_optimizer_state(state: TrainState) -> None:
             }
 
 
-def write_shard(path: Path, *, state: TrainState) -> None:
-    """Write this rank's rows of every tensor."""
+def write_shard(path: Path, *, state: TrainState, world: World) -> None:
+    """Write this rank's rows of every tensor; of a second copy only what is this rank's own."""
     from safetensors.torch import save_file
 
     ensure_optimizer_state(state)
     tensors: dict[str, Tensor] = {_RNG_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors[_RNG_CUDA] = torch.cuda.get_rng_state()
-    for name, parameter in state.parameters().items():
+    for name, parameter in state.parameters().items() if world.replica == 0 else ():
         moments = state.optimizer.state[parameter]
         tensors[f"model.{name}"] = parameter.detach()
         tensors.update({f"optim.{key}.{name}": moments[key] for key in _MOMENTS})
@@ -84,11 +84,12 @@ def read_shards(
     ensure_optimizer_state(state)
     with ExitStack() as stack, torch.no_grad():
         shards = [stack.enter_context(safe_open(f, framework="pt")) for f in files]
+        rows = [s for s in shards if _STEP in s.keys()]  # noqa: SIM118
         for name, parameter in state.parameters().items():
             moments = state.optimizer.state[parameter]
-            _fill(parameter, shards, f"model.{name}", world=world)
+            _fill(parameter, rows, f"model.{name}", world=world)
             for key in _MOMENTS:
-                _fill(moments[key], shards, f"optim.{key}.{name}", world=world)
+                _fill(moments[key], rows, f"optim.{key}.{name}", world=world)
             local(moments["step"]).fill_(shards[0].get_tensor(_STEP).item())
         if len(shards) == world.size:  # another number of ranks has no use for these states
             torch.set_rng_state(shards[world.rank].get_tensor(_RNG_CPU))
@@ -103,7 +104,7 @@ def _fill(target: Tensor, shards: Sequence[Any], name: str, *, world: World) -> 
         mine.copy_(shards[0].get_tensor(name))
         return
     rows = target.shape[0]
-    start, stop = rows_of(world.rank, size=world.size, rows=rows)
+    start, stop = rows_of(world.shard_rank, size=world.shard_size, rows=rows)
     assert mine.shape[0] == stop - start, f"{name}: not sharded by rows"
     for index, shard in enumerate(shards):
         low, high = rows_of(index, size=len(shards), rows=rows)
