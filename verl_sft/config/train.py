@@ -55,6 +55,8 @@ class DataConfig:
     train_max_samples: int = -1  # -1: all
     val_max_samples: int = -1
     shuffle: bool = True
+    shuffle_unit: str = "conversation"  # conversation | neighbours that share half their tokens
+    prefix_sharing: str = "auto"  # auto | true | false: common prefixes in a row computed once
     max_reject_fraction: float = 0.05
     num_workers: int | None = None  # tokenising processes; default: the number of cores
     cache_dir: str | None = None  # token cache; default <run directory>/token_cache
@@ -62,6 +64,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         one_of("data.truncation", self.truncation, _TRUNCATION)
+        one_of("data.shuffle_unit", self.shuffle_unit, ("conversation", "neighbours"))
+        self.prefix_sharing = str(self.prefix_sharing).lower()  # YAML reads true and false
+        one_of("data.prefix_sharing", self.prefix_sharing, ("auto", "true", "false"))
         one_of("data.token_cache", self.token_cache, ("build", "require"))
         one_of("data.turn_view", self.turn_view, _TURN_VIEW)
         one_of("data.history_thinking", self.history_thinking, ("template", "keep", "strip"))

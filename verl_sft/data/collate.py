@@ -9,6 +9,7 @@ import torch
 from tensordict import TensorClass
 
 from verl_sft.data.sample import TokenizedSample
+from verl_sft.data.tree import build_trees, side_by_side
 
 PADDING_DOCUMENT = -1
 
@@ -25,6 +26,9 @@ class PackedBatch(TensorClass["nocast"]):  # type: ignore[type-arg,name-defined]
         cu_seqlens: int32 [S+1], segment boundaries in the batch flattened to B*T.
         max_seqlen: tokens of the longest segment.
         num_documents: N.
+        parts: in how many slices the batch was cut (`data/slice.py`); 1: it is whole.
+        subtree_end: int64 [B, T], only where documents are token trees (`data/tree.py`): in the
+            batch flattened to B*T, row q sees row k (k <= q) if and only if q < subtree_end[k].
     """
 
     input_ids: torch.Tensor
@@ -35,10 +39,16 @@ class PackedBatch(TensorClass["nocast"]):  # type: ignore[type-arg,name-defined]
     cu_seqlens: torch.Tensor
     max_seqlen: int
     num_documents: int
+    parts: int = 1
+    subtree_end: torch.Tensor | None = None
 
 
 def collate(
-    rows: Sequence[Sequence[TokenizedSample]], *, pad_id: int, pad_to_multiple: int = 1
+    rows: Sequence[Sequence[TokenizedSample]],
+    *,
+    pad_id: int,
+    pad_to_multiple: int = 1,
+    share: bool = False,
 ) -> PackedBatch:
     """Lay documents behind one another in their rows and pad the rows to one width.
 
@@ -47,33 +57,39 @@ def collate(
             without work still runs the collectives.
         pad_id: id of padding inputs and targets; never weighted, so any id will do.
         pad_to_multiple: the width T is rounded up to it.
+        share: merge the samples of a row that begin alike; a document is then a tree of them.
 
     Example: rows `[[a (3 tokens), b (2)], [c (4)]]` give
         document_ids  [[0, 0, 0, 1, 1], [2, 2, 2, 2, -1]]
         position_ids  [[0, 1, 2, 0, 1], [0, 1, 2, 3, 0]]
         cu_seqlens    [0, 3, 5, 9, 10]
     """
-    used = max((sum(len(s) for s in row) for row in rows), default=0)
-    width = -(-max(used, 1) // pad_to_multiple) * pad_to_multiple
+    flat = [(build_trees if share else side_by_side)(row) for row in rows]
+    width = max((len(f) for f in flat), default=0)
+    width = -(-max(width, 1) // pad_to_multiple) * pad_to_multiple
     shape = (max(len(rows), 1), width)
     inputs = np.full(shape, pad_id, dtype=np.int64)
     targets = np.full(shape, pad_id, dtype=np.int64)
     weights = np.zeros(shape, dtype=np.float32)
     positions = np.zeros(shape, dtype=np.int64)
     documents = np.full(shape, PADDING_DOCUMENT, dtype=np.int32)
+    subtree_end = np.zeros(shape, dtype=np.int64)
     bounds, count = [0], 0
     for index in range(shape[0]):
-        at = 0
-        for sample in rows[index] if index < len(rows) else ():
-            place = (index, slice(at, at + len(sample)))
-            inputs[place], targets[place] = sample.input_ids, sample.target_ids
-            weights[place], positions[place] = sample.weights, np.arange(len(sample))
-            documents[place] = count
-            count, at = count + 1, at + len(sample)
-            bounds.append(index * width + at)
+        at, start = 0, index * width
+        if index < len(flat):
+            trees, at = flat[index], len(flat[index])
+            place = (index, slice(0, at))
+            inputs[place], targets[place] = trees.input_ids, trees.target_ids
+            weights[place], positions[place] = trees.weights, trees.positions
+            documents[place], subtree_end[place] = trees.trees + count, trees.subtree_end + start
+            ends = np.flatnonzero(np.diff(trees.trees, append=-1)) + 1
+            bounds.extend((ends + start).tolist())
+            count += len(ends)
         if at < width:
             positions[index, at:] = np.arange(width - at)
-            bounds.append((index + 1) * width)
+            subtree_end[index, at:] = start + width
+            bounds.append(start + width)
     return PackedBatch(
         input_ids=torch.from_numpy(inputs),
         target_ids=torch.from_numpy(targets),
@@ -83,5 +99,6 @@ def collate(
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=int(np.diff(bounds).max()),
         num_documents=count,
+        subtree_end=torch.from_numpy(subtree_end) if share else None,
         batch_size=[],
     )

@@ -59,13 +59,15 @@ def plan_epoch(
     drop_last: bool = False,
     shuffle: bool = True,
     quadratic_cost: float = QUADRATIC_COST,
+    units: Lengths | None = None,
+    shared: Lengths | None = None,
 ) -> EpochPlan:
     """Plan one epoch: shuffle, cut into global batches, pack each, balance it over the ranks.
 
-    Which samples share a global batch depends on (seed, epoch, number of samples) alone, never on
-    lengths, ranks or packing. Inside a batch, samples are packed into micro-batches of at most
-    `token_budget` tokens, then spread so that micro-batches that run at the same time cost the same
-    (cost of a document = length + quadratic_cost * length^2).
+    Which samples share a global batch depends on (seed, epoch, units) alone, never on lengths,
+    ranks, packing or shared prefixes. Inside a batch, samples are packed into micro-batches of at
+    most `token_budget` tokens, then spread so that micro-batches that run at the same time cost
+    the same (cost of a document = length + quadratic_cost * length^2).
 
     Args:
         lengths: tokens of each sample, int64 [N].
@@ -79,6 +81,10 @@ def plan_epoch(
         drop_last: leave out the last batch if it is not full.
         shuffle: False keeps the order of the data.
         quadratic_cost: see above.
+        units: samples of one unit (neighbours with one number, int64 [N], ascending) stay
+            neighbours in the order; None: each sample is its own.
+        shared: tokens that each sample need not compute again when the sample before it is in the
+            same row, int64 [N]; None: every sample is computed whole.
 
     Raises:
         InputError: a sample is longer than the budget.
@@ -91,7 +97,9 @@ def plan_epoch(
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     check_lengths(sizes, budget=token_budget)
-    order = _shuffled(len(sizes), seed=seed, epoch=epoch) if shuffle else np.arange(len(sizes))
+    order = np.arange(len(sizes))
+    if shuffle:
+        order = _shuffled(order if units is None else units, seed=seed, epoch=epoch)
     stop = len(order) // train_batch_size * train_batch_size if drop_last else len(order)
     rows = None if packed else micro_batch_size or len(sizes)
     return EpochPlan(
@@ -103,6 +111,7 @@ def plan_epoch(
                 dp_size=dp_size,
                 padded_rows=rows,
                 quadratic=quadratic_cost,
+                shared=shared,
             )
             for start in range(0, stop, train_batch_size)
         )
@@ -117,6 +126,7 @@ def validation_plan(
     packed: bool = True,
     micro_batch_size: int | None = None,
     quadratic_cost: float = QUADRATIC_COST,
+    shared: Lengths | None = None,
 ) -> StepPlan:
     """Every sample once, in any number of micro-batches: one `StepPlan` for the whole file.
 
@@ -131,13 +141,16 @@ def validation_plan(
         dp_size=dp_size,
         padded_rows=None if packed else micro_batch_size or len(sizes),
         quadratic=quadratic_cost,
+        shared=shared,
     )
 
 
-def _shuffled(count: int, *, seed: int, epoch: int) -> Lengths:
+def _shuffled(units: Lengths, *, seed: int, epoch: int) -> Lengths:
+    """Sample indices in the order of their shuffled units."""
     # The raw bit stream is frozen by numpy's compatibility policy, `permutation` is not.
+    count = int(units[-1]) + 1 if len(units) else 0
     stream = np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-    return np.argsort(np.asarray(stream), kind="stable")
+    return np.argsort(np.asarray(stream)[units], kind="stable")
 
 
 def _plan_step(
@@ -148,15 +161,23 @@ def _plan_step(
     dp_size: int,
     padded_rows: int | None,
     quadratic: float,
+    shared: Lengths | None,
 ) -> StepPlan:
     sizes = lengths[samples]
     costs = sizes + quadratic * sizes * sizes
     if padded_rows is None:
+        documents: list[Row] = [(i,) for i in samples.tolist()]
+        if shared is not None:
+            documents = _join(
+                samples, lengths=lengths, shared=shared, budget=budget, dp_size=dp_size
+            )
+            sizes, costs = _joined_sizes(documents, lengths, shared, quadratic)
         bins = pack(sizes, budget=budget)
         slots = -(-len(bins) // dp_size) * dp_size
         bins = _spread(sizes.tolist(), costs=costs.tolist(), slots=slots, budget=budget) or bins
         micros: list[MicroBatch] = [
-            (tuple(samples[members].tolist()),) if members else () for members in bins
+            (tuple(i for m in members for i in documents[m]),) if members else ()
+            for members in bins
         ]
         work = [float(costs[members].sum()) for members in bins]
     else:
@@ -164,6 +185,34 @@ def _plan_step(
         micros = [tuple((int(i),) for i in samples[members]) for members in bins]
         work = [len(members) * float(costs[members].max()) for members in bins]
     return _deal(micros, work=work, dp_size=dp_size)
+
+
+def _join(
+    samples: Lengths, *, lengths: Lengths, shared: Lengths, budget: int, dp_size: int
+) -> list[Row]:
+    """Runs of neighbours that share tokens, within the budget and one rank's part of the work."""
+    follows = np.diff(samples, prepend=-2) == 1
+    fresh = lengths[samples] - np.where(follows, shared[samples], 0)
+    limit = min(budget, -(-int(fresh.sum()) // dp_size))
+    runs: list[list[int]] = []
+    size = 0
+    for place, index in enumerate(samples.tolist()):
+        if follows[place] and shared[index] and size + fresh[place] <= limit:
+            runs[-1].append(index)
+            size += int(fresh[place])
+        else:
+            runs.append([index])
+            size = int(lengths[index])
+    return [tuple(run) for run in runs]
+
+
+def _joined_sizes(
+    runs: Sequence[Row], lengths: Lengths, shared: Lengths, quadratic: float
+) -> tuple[Lengths, npt.NDArray[np.float64]]:
+    """Tokens and cost of each run: a token pays for the tokens that it sees."""
+    sizes = np.array([lengths[list(run)].sum() - shared[list(run[1:])].sum() for run in runs])
+    pairs = [(lengths[list(run)] ** 2).sum() - (shared[list(run[1:])] ** 2).sum() for run in runs]
+    return sizes, sizes + quadratic * np.array(pairs)
 
 
 def _spread(

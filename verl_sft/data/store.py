@@ -129,6 +129,13 @@ class SampleStore:
     def __iter__(self) -> Iterator[TokenizedSample]:
         return (self[index] for index in range(len(self)))
 
+    def units(self) -> npt.NDArray[np.int64]:
+        """Number of the conversation of each sample, int64 [N]; the views of one are neighbours."""
+        starts = np.ones(len(self), dtype=np.int64)
+        for index in np.flatnonzero(self.flags[1:] & self.flags[:-1] & SPLIT).tolist():
+            starts[index + 1] = self._name(index) != self._name(index + 1)
+        return starts.cumsum() - 1
+
     def num_learned(self) -> npt.NDArray[np.int64]:
         """Learned tokens of each sample, int64 [N]; reads all weights once."""
         counts = np.zeros(len(self), dtype=np.int64)

@@ -1,0 +1,84 @@
+"""Whether this run computes the prefixes that its samples share only once (`data/tree.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from verl_sft.config.train import TrainConfig
+from verl_sft.data.store import SampleStore
+from verl_sft.data.tree import Int64Array, neighbour_units, shared_lengths
+from verl_sft.errors import UsageError
+from verl_sft.model.tree_attention import probe_trees
+
+LEAST_SAVED = 0.05  # of the tokens; below it, `auto` keeps the samples apart
+_KERNELS = ("auto", "split", "varlen")
+
+
+def obstacle(config: TrainConfig) -> str:
+    """Why no prefixes can be shared under these settings; empty if they can."""
+    if not config.use_remove_padding:
+        return "use_remove_padding=false gives every sample a row of its own"
+    if config.ulysses_sequence_parallel_size != 1:
+        return "a tree is not split over ranks, as ulysses_sequence_parallel_size asks"
+    if config.model.attn_implementation not in _KERNELS:
+        return f"model.attn_implementation={config.model.attn_implementation} knows no trees"
+    return ""
+
+
+def check_sharing(config: TrainConfig) -> None:
+    """Refuse `data.prefix_sharing=true` where it cannot be.
+
+    Raises:
+        UsageError: naming the other key.
+    """
+    why = obstacle(config)
+    if config.data.prefix_sharing == "true" and why:
+        raise UsageError(
+            "data.prefix_sharing=true is not possible here", why=why, fix="Use auto or false"
+        )
+
+
+def shuffle_units(config: TrainConfig, store: SampleStore) -> Int64Array:
+    """Number of the unit of each sample: what `data.shuffle_unit` keeps together, int64 [N]."""
+    units = store.units()
+    return units if config.data.shuffle_unit == "conversation" else neighbour_units(store, units)
+
+
+def shared_tokens(
+    config: TrainConfig, store: SampleStore, *, units: Int64Array, on_gpu: bool
+) -> Int64Array | None:
+    """What `plan_epoch` needs to merge samples, or None where this run keeps them apart.
+
+    `auto` merges on the CPU, where the gain is measured, if it saves at least `LEAST_SAVED`.
+    """
+    wanted = config.data.prefix_sharing
+    if wanted == "false" or obstacle(config) or (wanted == "auto" and on_gpu):
+        return None
+    shared = shared_lengths(store, units=units)
+    few = shared.sum() < LEAST_SAVED * store.lengths.sum()
+    return None if wanted == "auto" and few else shared
+
+
+def without_sharing(config: TrainConfig) -> TrainConfig:
+    """The same run with every sample computed whole: same batches, same losses."""
+    return replace(config, data=replace(config.data, prefix_sharing="false"))
+
+
+def prove_sharing(
+    config: TrainConfig, *, model: Any, device: torch.device, half: bool, vocab_size: int
+) -> tuple[bool, str]:
+    """Whether the real model computes trees as it computes their samples, and a line that says so.
+
+    Raises:
+        UsageError: it does not, and `data.prefix_sharing=true`.
+    """
+    try:
+        apart = probe_trees(model, device=device, half=half, vocab_size=vocab_size)
+    except UsageError as error:
+        if config.data.prefix_sharing == "true":
+            raise
+        return False, f"prefix sharing is off: {error}"
+    return True, f"prefix sharing: trees equal separate samples within {apart:.1e}"
