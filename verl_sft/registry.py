@@ -33,6 +33,8 @@ SOURCES: dict[str, str] = {
     "own": "verl_sft.records.sources.own:OWN",
     "envscaler": "verl_sft.records.sources.envscaler:ENVSCALER",
     "pettingllms": "verl_sft.records.sources.pettingllms:PETTINGLLMS",
+    "userrl": "verl_sft.records.sources.userrl:USERRL",
+    "verl_rl": "verl_sft.records.sources.userrl:VERL_RL",
     "sharegpt": "verl_sft.records.sources.sharegpt:SHAREGPT",
     "alpaca": "verl_sft.records.sources.alpaca:ALPACA",
     "verl": "verl_sft.records.sources.verl:VERL",

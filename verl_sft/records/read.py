@@ -56,17 +56,27 @@ def _read_file(path: Path, options: ReadOptions, reject: RejectSink | None) -> I
         empty = dict.fromkeys(opened.columns)
         chosen = pick_format(empty, columns=opened.columns, options=options, where=path)
     for index, row in enumerate(chain(head, opened.rows)):
-        try:
-            if not isinstance(row, dict):
-                raise row
-            assert chosen is not None
-            for record in chosen.read(row, options):
-                yield replace(record, source=f"{path.name}:{index}")
-        except BadRowError as bad:
-            if reject is None:
-                where = f"{path}:{index}:{bad.field}"
-                raise InputError(bad.message, where=where, why=bad.code, fix=bad.fix) from bad
-            reject(Reject(str(path), index, bad.field, bad.code, bad.message, bad.fix))
+        for found in _read_row(row, chosen, options):
+            if isinstance(found, SFTRecord):
+                yield replace(found, source=f"{path.name}:{index}")
+            elif reject is not None:
+                reject(Reject(str(path), index, found.field, found.code, found.message, found.fix))
+            else:
+                where = f"{path}:{index}:{found.field}"
+                raise InputError(found.message, where=where, why=found.code, fix=found.fix)
+
+
+def _read_row(
+    row: Row, chosen: SourceFormat | None, options: ReadOptions
+) -> Iterator[SFTRecord | BadRowError]:
+    if isinstance(row, BadRowError):
+        yield row
+        return
+    assert chosen is not None
+    try:
+        yield from chosen.read(row, options)
+    except BadRowError as bad:
+        yield bad
 
 
 def pick_format(

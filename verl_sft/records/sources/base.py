@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from verl_sft.records.parse import ReadOptions
+from verl_sft.records.parse import BadRowError, ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.types import JSON
 
@@ -18,8 +18,8 @@ class SourceFormat:
         name: what `data.format` and `convert from=` say.
         about: one line for `convert --help`.
         detect: whether a row is of this format, by its keys and types.
-        read: a row to its records, raising `BadRowError` for what cannot be used; `source` of each
-            record is filled in by the caller.
+        read: a row to its records, raising `BadRowError` for a row that cannot be used, or giving
+            it in place of one of several records; the caller fills in their `source`.
         write: a record to the rows that `read` gives it back from, raising `BadRowError` for what
             the format cannot hold; None where there is no writer.
         suffix: of the files that `write` makes: .jsonl, .json (one array) or .parquet.
@@ -28,6 +28,6 @@ class SourceFormat:
     name: str
     about: str
     detect: Callable[[JSON], bool]
-    read: Callable[[JSON, ReadOptions], Iterable[SFTRecord]]
+    read: Callable[[JSON, ReadOptions], Iterable[SFTRecord | BadRowError]]
     write: Callable[[SFTRecord], Iterable[JSON]] | None = None
     suffix: str = ".jsonl"

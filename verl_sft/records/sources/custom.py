@@ -41,6 +41,7 @@ def as_record(value: Any, *, options: ReadOptions) -> SFTRecord:
         raise BadRowError("", "NOT_AN_OBJECT", f"expected a dict, found {type(value).__name__}")
     row = dict(value)
     (record,) = (OWN if OWN.detect(row) else VERL).read(row, options)
+    assert isinstance(record, SFTRecord)
     return record
 
 
