@@ -1,4 +1,4 @@
-"""Tokenising and masking: rate against two public algorithms, and cold and warm starts.
+"""Tokenising and masking: rate against verl's and TRL's ways, and cold and warm starts.
 
 Goals: three times the rate of masking message by message, at least the rate of TRL's preparation,
 on 20-message conversations and one core; a warm start of 100k rows within 5 s.
@@ -6,12 +6,11 @@ on 20-message conversations and one core; a warm start of 100k rows within 5 s.
 
 from __future__ import annotations
 
+import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from benchmarks.report import row
@@ -21,121 +20,88 @@ from verl_sft.data.load import load_samples
 from verl_sft.data.render import render
 from verl_sft.data.template import ChatTemplate
 from verl_sft.records.io import write_parquet
+from verl_sft.records.read import read_records
 from verl_sft.records.schema import SFTRecord
 from verl_sft.types import Message
 
+ROUNDS, CHATS = 3, 100
 _NOUNS = ("shelf", "drawer", "fridge", "cabinet", "plate", "cup", "apple", "knife", "the", "you")
 
 
 def main() -> None:
     """Rates first, then whole starts."""
-    chats = [conversation(random.Random(n), turns=10) for n in range(150)]
-    template = make_template("qwen2_5")
-    tokens = sum(len(v.token_ids) for c in chats[:20] for v in render(c, template=template)) / 20
-    ours = rate(lambda c: render(c, template=template), chats)
-    row("masks, ours", f"{ours:.0f} chats/s", f"20 messages, {tokens:.0f} tokens, one core")
-    tokenizer = transformers_tokenizer(template)
-    others = (("prefixes", by_prefixes), ("prefix texts", by_texts), ("alone", by_message))
-    for name, run in others:
-        theirs = rate(lambda c, run=run: run(tokenizer, c), chats)
-        row(f"masks, {name}", f"{theirs:.0f} chats/s", f"ours is {ours / theirs:.1f} times as fast")
-    theirs = trl_rate(chats)
-    if theirs:
-        row("masks, TRL", f"{theirs:.0f} chats/s", f"ours is {ours / theirs:.1f} times as fast")
+    rates("random text", [conversation(random.Random(n), turns=10) for n in range(ROUNDS * CHATS)])
+    rates("ALFWorld", sample_chats(ROUNDS * CHATS))
     starts()
 
 
-def make_template(name: str) -> ChatTemplate:
-    """A template of the trl wheel over a tokenizer that, like real ones, has whole words."""
-    texts = tuple(
-        str(m.content) for n in range(30) for m in conversation(random.Random(n), turns=10)
+def rates(name: str, chats: list[list[Message]]) -> None:
+    """Every way to ids and masks over the same chats, in turns: all of them meet the same noise."""
+    import torch  # here, so that those who import this module do not pay for it
+
+    from benchmarks.mask_peers import (
+        trl_prepare,
+        verl_lengths,
+        verl_messages,
+        verl_prefixes,
+        verl_texts,
     )
-    return template_for(read_template(f"{name}.jinja"), name=name, base=byte_level_bpe(texts, 3000))
 
-
-def rate(run: Callable[[list[Message]], object], chats: list[list[Message]]) -> float:
-    """Conversations per second of processor time, each seen once."""
-    run(chats[0])
-    started = time.process_time()
-    for chat in chats:
-        run(chat)
-    return len(chats) / (time.process_time() - started)
-
-
-def by_prefixes(tokenizer: Any, chat: list[Message]) -> tuple[list[int], list[int]]:
-    """Tokenise every prefix of the chat; what a message adds is its share."""
-    rows = [m.to_json() for m in chat]
-    ids: list[int] = []
-    mask: list[int] = []
-    for count, message in enumerate(chat, start=1):
-        found = tokenizer.apply_chat_template(rows[:count], return_dict=False)
-        mask += [int(message.role == "assistant")] * (len(found) - len(ids))
-        ids = found
-    return ids, mask
-
-
-def by_texts(tokenizer: Any, chat: list[Message]) -> tuple[list[int], list[int]]:
-    """Render every prefix, with and without the prompt, tokenise what each message adds.
-
-    The joined tokens are then compared with those of the whole chat.
-    """
-    rows = [m.to_json() for m in chat]
-    ids: list[int] = []
-    mask: list[int] = []
-    for count, message in enumerate(chat):
-        learned = message.role == "assistant"
-        before = tokenizer.apply_chat_template(rows[:count], tokenize=False) if count else ""
-        prompt = before
-        if learned:
-            prompt = tokenizer.apply_chat_template(
-                rows[:count], tokenize=False, add_generation_prompt=True
-            )
-        text = tokenizer.apply_chat_template(rows[: count + 1], tokenize=False)
-        for piece, weight in ((prompt[len(before) :], 0), (text[len(prompt) :], int(learned))):
-            found = tokenizer.encode(piece, add_special_tokens=False) if piece else []
-            ids += found
-            mask += [weight] * len(found)
-    tokenizer.apply_chat_template(rows, return_dict=False)
-    return ids, mask
-
-
-def by_message(tokenizer: Any, chat: list[Message]) -> tuple[list[int], list[int]]:
-    """Tokenise each message alone, join, and compare with the whole chat tokenised at once."""
-    rows = [m.to_json() for m in chat]
-    system = tokenizer.apply_chat_template([{"role": "user", "content": ""}], return_dict=False)
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": ""}], add_generation_prompt=True, return_dict=False
-    )
-    header = len(prompt) - len(system)
-    ids: list[int] = []
-    mask: list[int] = []
-    for message, plain in zip(chat, rows, strict=True):
-        found = tokenizer.apply_chat_template([plain], return_dict=False)
-        learned = message.role == "assistant"
-        ids += found
-        mask += [0] * header + [int(learned)] * (len(found) - header)
-    tokenizer.apply_chat_template(rows, return_dict=False)
-    return ids, mask
-
-
-def trl_rate(chats: list[list[Message]]) -> float | None:
-    """Conversations per second of TRL's dataset preparation with assistant_only_loss."""
-    try:
-        import datasets
-        import trl
-    except ImportError:
-        return None
-    datasets.disable_progress_bars()
-    template = make_template("qwen2_5_training")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    template = make_template("qwen2_5", chats)
     tokenizer = transformers_tokenizer(template)
-    given = trl.SFTConfig(
-        assistant_only_loss=True, max_length=None, bf16=False, use_cpu=True, output_dir="unused"
-    )
-    holder = SimpleNamespace(chat_template=template.spec.chat_template, completion_only_loss=False)
-    data = datasets.Dataset.from_list([{"messages": [m.to_json() for m in c]} for c in chats])
-    started = time.process_time()
-    trl.SFTTrainer._prepare_dataset(holder, data, tokenizer, given, False, None, "train")
-    return len(chats) / (time.process_time() - started)
+    marked = transformers_tokenizer(make_template("qwen2_5_training", chats))
+    lengths = verl_lengths(tokenizer)
+    rows = [[m.to_json() for m in chat] for chat in chats]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in rows]
+    backend = tokenizer.backend_tokenizer
+    masks = {
+        "ours": lambda n: render(chats[n], template=template),
+        "verl, prefixes": lambda n: verl_prefixes(tokenizer, rows[n]),
+        "verl, added texts": lambda n: verl_texts(tokenizer, rows[n]),
+        "verl, message by message": lambda n: verl_messages(tokenizer, rows[n], lengths=lengths),
+        "plain tokenising": lambda n: backend.encode(texts[n], add_special_tokens=False).ids,
+    }
+    spent = dict.fromkeys(masks, 0.0)
+    for run in masks.values():  # imports and first calls are not counted
+        run(0)
+    try:
+        trl_prepare(marked, rows[:1])
+        spent["TRL"] = 0.0
+    except ImportError:
+        pass
+    for begin in range(0, len(chats), CHATS):
+        for key, run in masks.items():
+            started = time.process_time()
+            for number in range(begin, begin + CHATS):
+                run(number)
+            spent[key] += time.process_time() - started
+        if "TRL" in spent:
+            started = time.process_time()
+            trl_prepare(marked, rows[begin : begin + CHATS])
+            spent["TRL"] += time.process_time() - started
+    tokens = sum(len(v.token_ids) for c in chats[:20] for v in render(c, template=template)) / 20
+    ours = spent.pop("ours")
+    note = f"20 messages, {tokens:.0f} tokens, {1e3 * ours / len(chats):.1f} ms, one core"
+    row(f"masks, {name}", f"{len(chats) / ours:.0f} chats/s", note)
+    for key, theirs in spent.items():
+        note = f"ours is {theirs / ours:.1f} times as fast"
+        row(f"masks, {name}: {key}", f"{len(chats) / theirs:.0f} chats/s", note)
+
+
+def sample_chats(count: int) -> list[list[Message]]:
+    """Chats of 20 messages out of the steps in `data/sample`: real texts, which repeat."""
+    steps = [r.messages for r in read_records(Path("data/sample/train.parquet"))]
+    rng = random.Random(0)
+    return [[m for step in rng.choices(steps, k=10) for m in step[-2:]] for _ in range(count)]
+
+
+def make_template(name: str, chats: list[list[Message]] | None = None) -> ChatTemplate:
+    """A template of the trl wheel over a tokenizer that, like real ones, has whole words."""
+    chats = chats or [conversation(random.Random(n), turns=10) for n in range(30)]
+    texts = tuple(str(m.content) for chat in chats[:30] for m in chat)
+    return template_for(read_template(f"{name}.jinja"), name=name, base=byte_level_bpe(texts, 3000))
 
 
 def starts() -> None:

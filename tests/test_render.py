@@ -302,55 +302,6 @@ def test_generation_marks_that_disagree_refuse_the_row() -> None:
     assert refused(chat("a", "b"), template_for(head + bad + tail)) == "witness_disagrees"
 
 
-BIG = "{% set a = 'x' * 1000000 %}"
-GROW = "{% set n = namespace(s='x') %}{% for i in range(60) %}"
-LISTS = "{% set r = [range(99999)|list] * 99999 %}"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        "{{ messages.__class__.__mro__ }}",
-        "{% for i in range(9999) %}{% for j in range(999) %}{{ 'x' * 99 }}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
-        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
-        "{{ 'x' * 10000000000 }}",
-        "{{ 10 ** 100000000 }}",
-        GROW + "{% set n.s = n.s ~ n.s %}{% endfor %}",
-        GROW + "{% set n.s = n.s + n.s %}{% endfor %}",
-        GROW + "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
-        "{{ 'x'|center(10000000000) }}",
-        "{{ 'x'.ljust(10000000000) }}",
-        "{{ '%10000000000d' % 1 }}",
-        "{{ '%*d' % (10000000000, 1) }}",
-        "{{ '{:10000000000d}'.format(1) }}",
-        BIG + "{{ ([a] * 100000)|join }}",
-        BIG + "{{ ''.join([a] * 100000) }}",
-        BIG + "{{ a|replace('x', a) }}",
-        BIG + "{{ a.replace('x', a) }}",
-        "{{ [1]|batch(10000000000, 'x')|list }}",
-        "{{ range(99999)|map('string')|map('center', 900000)|list }}",
-        "{{ ([[1] * 100000] * 100000)|sum(start=[]) }}",
-        LISTS + "{{ r|tojson }}",
-        LISTS + "{{ r }}",
-        LISTS + "{{ r|map('sort')|map('length')|sum }}",
-    ],
-    ids=lambda body: body[-40:],
-)
-def test_templates_cannot_run_away_or_break_out(body: str) -> None:
-    """Attribute tricks, endless loops and every way to build a huge text end in an error."""
-    assert refused(chat("a", "b"), template_for(chatml() + body)) == "template_error"
-
-
-def test_honest_numbers_and_texts_pass_the_limits() -> None:
-    """Contents with wide numbers, percent signs and time stamps are no bomb (negative control)."""
-    text = "100% of 1732000000 is {:1000000}"
-    body = "{{ messages[0].content|trim|replace('a', 'b') }}{{ 1732000000|string }}"
-    (view,) = render(chat(text, "b"), template=template_for(body + chatml()))
-    assert text_of(CHATML, view.token_ids).startswith(text + "1732000000")
-
-
 class _Fast:
     """The part of a transformers tokenizer that is read."""
 
