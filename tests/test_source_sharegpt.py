@@ -78,9 +78,8 @@ def test_names_of_columns_and_tags() -> None:
 
 
 def test_what_is_learned() -> None:
-    """All answers, only the last one under `mask_history`, or those that a flag chooses."""
+    """All answers, or those that a flag chooses, with its weight."""
     turns = row()["conversations"]
-    assert read(row(), mask_history=True).supervise == (4,)
     flagged = [*turns[:3], {**turns[3], "weight": 0.5}]
     record = read(row(conversations=flagged))
     assert (record.supervise, record.weights) == ((2, 4), (1.0, 0.5))
@@ -134,7 +133,7 @@ def test_an_edited_text_wins_over_what_was_kept() -> None:
         ),
         (
             {"conversations": [{"from": "gpt", "value": "a", "loss": 0}]},
-            "conversations",
+            "messages",
             "NOTHING_LEARNED",
         ),
         ({"system": 5}, "system", "NO_TEXT"),

@@ -15,8 +15,7 @@ from verl_sft.data.store import SampleStore
 from verl_sft.data.template import TokenizerSpec
 from verl_sft.data.tokenizer import load_tokenizer
 from verl_sft.errors import UsageError
-from verl_sft.records.read import read_records
-from verl_sft.records.resolve import resolve_files
+from verl_sft.records.mix import read_mix, resolve_sources
 from verl_sft.safe_io import dump_json, make_output_dir, publishing, write_json, write_text
 from verl_sft.types import JSON
 
@@ -41,11 +40,12 @@ def inspect(
             raise UsageError("no model given", fix="Set model.partial_pretrain=HF_DIR")
         trusts = config.model.trust_remote_code
         tokenizer = load_tokenizer(config.model.partial_pretrain, trust_remote_code=trusts)
-    files = resolve_files(config.data.train_files, split="train")
+    sources = resolve_sources(config.data.train_files, split="train")
+    files = [file for source in sources for file in source.files]
     out = make_output_dir(Path(config.out).expanduser())
     cache = Path(config.data.cache_dir) if config.data.cache_dir else out / "token_cache"
     store = load_samples(
-        files,
+        sources,
         tokenizer=tokenizer,
         config=config.data,
         cache_dir=cache,
@@ -56,7 +56,7 @@ def inspect(
     chosen = choose(store, most=config.page_samples)
     outcomes = Outcomes(wanted={store.source(i) for i in chosen}, most_failed=config.page_samples)
     limit = None if config.max_rows < 0 else config.max_rows
-    records = read_records(files, options=read_options(config.data), reject=lambda _: None)
+    records = read_mix(sources, options=read_options(config.data), reject=lambda _: None)
     outcomes.read(islice(records, limit))
     chosen = sorted({*chosen, *find_sources(store, outcomes.failed, most=config.page_samples)})
     audit = audit_json(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 from verl_sft.records.schema import SFTRecord
 from verl_sft.types import JSON, Message
+
+_UNNAMED: str = SFTRecord(messages=()).data_source  # of a row that names none
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,10 @@ class Conversation:
     tools: tuple[JSON, ...] | None = None
     sample_weight: float = 1.0
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    max_length: int | None = None  # of its source, in tokens
     parts: tuple[Conversation, ...] = ()
+    group: str = ""  # what losses are told apart by: the data source, or the file
+    first_turn: int = 0  # number of its first assistant turn in the episode
 
 
 def conversations(records: Iterable[SFTRecord], *, multiturn: bool) -> Iterator[Conversation]:
@@ -50,7 +55,8 @@ def single_turn(record: SFTRecord) -> Conversation:
     messages = (Message("user", record.prompt), Message("assistant", record.response))
     weight = record.weights[-1] if record.weights else 1.0
     learned = {} if record.supervise == () else {1: weight}
-    return _conversation(record, messages=messages, weights=learned)
+    chat = _conversation(record, messages=messages, weights=learned)
+    return replace(chat, first_turn=max(record.step, 0))
 
 
 def dialogue(record: SFTRecord) -> Conversation:
@@ -94,7 +100,16 @@ def _conversation(
         tools=record.tools,
         sample_weight=record.sample_weight,
         template_kwargs={} if thinking is None else {"enable_thinking": bool(thinking)},
+        group=_group(record),
+        max_length=record.meta.get("max_length"),
     )
+
+
+def _group(record: SFTRecord) -> str:
+    """The data source that the row names, else the name of its file without suffixes."""
+    if record.data_source and record.data_source != _UNNAMED:
+        return record.data_source
+    return record.source.rpartition(":")[0].partition(".")[0]
 
 
 def _is_prefix(short: Conversation, long: Conversation) -> bool:
@@ -121,5 +136,7 @@ def _merge(long: Conversation, short: Conversation) -> Conversation:
         source=long.source,
         tools=long.tools,
         template_kwargs=long.template_kwargs,
+        max_length=long.max_length,
+        group=long.group,
         parts=(*(short.parts or (short,)), *(long.parts or (long,))),
     )

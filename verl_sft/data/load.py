@@ -29,8 +29,8 @@ from verl_sft.data.tokenizer import load_tokenizer
 from verl_sft.data.view import RenderOptions
 from verl_sft.data.workers import tokenise_all
 from verl_sft.errors import InputError, VerlSftError
+from verl_sft.records.mix import Source, read_mix
 from verl_sft.records.parse import ReadOptions, Reject
-from verl_sft.records.read import read_records
 from verl_sft.safe_io import content_hash, file_sha256, make_output_dir, publish_dir, storage_error
 from verl_sft.types import JSON
 
@@ -39,7 +39,7 @@ _KEPT_CACHES = 8  # of one cache directory: the splits and the variants that are
 
 
 def load_samples(
-    files: Sequence[Path],
+    files: Sequence[Path | Source],
     *,
     tokenizer: str | Path | TokenizerSpec,
     config: DataConfig,
@@ -54,7 +54,7 @@ def load_samples(
     Every process may call this at the same time; one builds, the others wait for the result.
 
     Args:
-        files: parquet or CSV files of records, in order.
+        files: files of records, or sources of a mix, in order.
         tokenizer: model folder or hub name, or an already read tokenizer.
         config: the `data` section; keys that change tokens are part of the cache key.
         cache_dir: where caches are kept.
@@ -69,16 +69,17 @@ def load_samples(
         StorageError: the cache cannot be written, or is damaged.
     """
     spec = tokenizer if isinstance(tokenizer, TokenizerSpec) else load_tokenizer(tokenizer)
-    key = _cache_key(files, spec=spec, config=config, max_samples=max_samples)
+    sources = [file if isinstance(file, Source) else Source((file,)) for file in files]
+    key = _cache_key(sources, spec=spec, config=config, max_samples=max_samples)
     path = cache_dir.expanduser() / content_hash(key)
     if not path.exists():
         make_output_dir(path.parent)
     with _building(path) as must_build:
         if must_build:
-            _say_stale(path, key=key, files=files, config=config, say=say)
+            _say_stale(path, key=key, sources=sources, config=config, say=say)
             workers = num_workers or config.num_workers or len(os.sched_getaffinity(0))
             limit = None if max_samples < 0 else max_samples
-            _build(path, files, spec=spec, config=config, workers=workers, limit=limit, key=key)
+            _build(path, sources, spec=spec, config=config, workers=workers, limit=limit, key=key)
             remove_old(path.parent, keep=_KEPT_CACHES)
     with contextlib.suppress(OSError):  # a cache may be read-only
         os.utime(path)  # those that were opened last are kept
@@ -127,12 +128,12 @@ def _say_stale(
     path: Path,
     *,
     key: JSON,
-    files: Sequence[Path],
+    sources: Sequence[Source],
     config: DataConfig,
     say: Callable[[str], None],
 ) -> None:
     """Tell why the newest cache of the same files is of no use; refuse to build if so asked."""
-    stale = stale_cache(path.parent, paths=_absolute(files), key=key)
+    stale = stale_cache(path.parent, paths=_absolute(sources), key=key)
     changes = [] if stale is None else key_changes(stale.key, key)
     if config.token_cache == "require":
         raise InputError(
@@ -147,7 +148,7 @@ def _say_stale(
 
 def _build(
     path: Path,
-    files: Sequence[Path],
+    sources: Sequence[Source],
     *,
     spec: TokenizerSpec,
     config: DataConfig,
@@ -168,21 +169,25 @@ def _build(
                      "reason": bad.message, "fix": bad.fix}
                 )  # fmt: skip
 
-            records = read_records(files, options=read_options(config), reject=refuse)
+            records = read_mix(
+                sources, options=read_options(config), reject=refuse, counts=report.mix
+            )
             chats = conversations(islice(records, limit), multiturn=config.multiturn.enable)
             options = RenderOptions.from_config(config)
             for chunk in tokenise_all(chats, spec=spec, options=options, num_workers=workers):
                 writer.add(
                     chunk.ids,
                     weights=chunk.weights,
+                    labels=chunk.labels,
                     lengths=chunk.lengths,
                     names=chunk.names,
+                    groups=chunk.groups,
                     flags=chunk.flags,
                 )
                 for row in chunk.refused:
                     writer.reject(row)
                 report.add(chunk.counts)
-            writer.finish(report, key={**key, "paths": _absolute(files)})
+            writer.finish(report, key={**key, "paths": _absolute(sources)})
         if not path.exists():  # a machine without shared locks may have been faster
             publish_dir(temporary, path)
     except OSError as error:
@@ -224,11 +229,12 @@ def read_options(config: DataConfig) -> ReadOptions:
         response_dict_keys=None if response is None else tuple(response),
         enable_thinking_key=config.multiturn.enable_thinking_key,
         format=config.format,
+        mask_history=config.mask_history,
     )
 
 
 def _cache_key(
-    files: Sequence[Path], *, spec: TokenizerSpec, config: DataConfig, max_samples: int
+    sources: Sequence[Source], *, spec: TokenizerSpec, config: DataConfig, max_samples: int
 ) -> JSON:
     """Everything that the tokens depend on, as JSON."""
     tokenizer = asdict(spec)
@@ -239,12 +245,13 @@ def _cache_key(
         "read": asdict(read_options(config)),
         "render": asdict(RenderOptions.from_config(config)),
         "max_samples": max_samples,
-        "files": [[file.name, file_sha256(file)] for file in files],
+        "files": [[f.name, file_sha256(f)] for source in sources for f in source.files],
+        "sources": [source.choices() for source in sources],
     }
 
 
-def _absolute(files: Sequence[Path]) -> list[str]:
-    return [str(file.absolute()) for file in files]
+def _absolute(sources: Sequence[Source]) -> list[str]:
+    return [str(file.absolute()) for source in sources for file in source.files]
 
 
 @cache

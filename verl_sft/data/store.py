@@ -1,9 +1,11 @@
 """The token cache on disk: flat arrays that every rank maps read-only.
 
 <cache_dir>/<key>/ids.i32 weights.f32   all samples behind one another, unshifted
+                  labels.u8             what each token is (data/kinds.py)
                   offsets.i64           where each begins, and the end
                   names.bin names.i64   `record_id LF source` of each sample
                   flags.u8              TRUNCATED, LOST_STOP and SPLIT of each sample
+                  groups.u8             number of each sample's source in report.json's `groups`
                   rejected.jsonl        rows that were refused, with reason and fix
                   report.json key.json  counts; everything that the tokens depend on
 """
@@ -22,12 +24,23 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from verl_sft.data.kinds import SOURCE
 from verl_sft.data.sample import TokenizedSample, learned_spans
 from verl_sft.errors import StorageError
 from verl_sft.safe_io import dump_json, storage_error
 
 TRUNCATED, LOST_STOP, SPLIT = 1, 2, 4  # SPLIT: one of several views of its conversation
-_FILES = ("ids.i32", "weights.f32", "offsets.i64", "names.bin", "names.i64", "flags.u8")
+_FILES = (
+    "ids.i32",
+    "weights.f32",
+    "labels.u8",
+    "offsets.i64",
+    "names.bin",
+    "names.i64",
+    "flags.u8",
+    "groups.u8",
+)
+MOST_GROUPS = 64  # sources that losses are told apart by; the rest counts as the last one
 _BLOCK = 1024  # samples looked at together
 
 
@@ -38,7 +51,7 @@ class LoadReport:
     `rows` were read, `folded` of them went into a longer row of their episode; `split` of the
     `samples` are one of several views of a conversation; `turns` were learned, `lost_stops` of
     them without their stop token; `rejected` and `dropped` count rows by reason (dropped: too long
-    under `data.truncation=drop`).
+    under `data.truncation=drop`); `mix` counts records by source, as `read_mix` does.
     """
 
     rows: int = 0
@@ -56,6 +69,7 @@ class LoadReport:
     template: str = ""
     rejected: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
+    mix: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: LoadReport) -> None:
         """Add the counts of another part of the rows."""
@@ -81,6 +95,7 @@ class SampleStore:
             sizes = {name: (path / name).stat().st_size for name in _FILES}
         except (OSError, ValueError) as error:
             raise _damaged(path, str(error)) from error
+        self.groups: tuple[str, ...] = tuple(saved.pop("groups", ()))
         if sizes != saved.pop("sizes"):
             raise _damaged(path, "its files do not have the sizes they were written with")
         self.report = LoadReport(**{k: v for k, v in saved.items() if k not in _COUNTERS})
@@ -88,6 +103,8 @@ class SampleStore:
             getattr(self.report, name).update(saved[name])
         self._ids = _mapped(path / "ids.i32", dtype=np.int32)
         self._weights = _mapped(path / "weights.f32", dtype=np.float32)
+        self._labels = _mapped(path / "labels.u8", dtype=np.uint8)
+        self._group = _mapped(path / "groups.u8", dtype=np.uint8)
         self._offsets = _mapped(path / "offsets.i64", dtype=np.int64)
         self._names = _mapped(path / "names.bin", dtype=np.uint8)
         self._name_offsets = _mapped(path / "names.i64", dtype=np.int64)
@@ -106,7 +123,8 @@ class SampleStore:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         ids = self._ids[self._offsets[index] : self._offsets[index + 1]]
-        weights = self._weights[self._offsets[index] + 1 : self._offsets[index + 1]]
+        shifted = slice(self._offsets[index] + 1, self._offsets[index + 1])
+        weights = self._weights[shifted]
         record_id, source = self._name(index)
         return TokenizedSample(
             record_id=record_id,
@@ -115,6 +133,7 @@ class SampleStore:
             weights=weights,
             source=source,
             spans=learned_spans(weights),
+            labels=self._labels[shifted] + np.int32(SOURCE * int(self._group[index])),
         )
 
     def source(self, index: int) -> str:
@@ -154,11 +173,15 @@ class StoreWriter:
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True)
         self.path = path
-        self._ids, self._weights, self._names, self._flags = (
-            (path / name).open("wb") for name in ("ids.i32", "weights.f32", "names.bin", "flags.u8")
-        )
+        self._ids, self._weights, self._labels, self._names, self._flags, self._groups = (
+            (path / name).open("wb")
+            for name in (
+                "ids.i32", "weights.f32", "labels.u8", "names.bin", "flags.u8", "groups.u8",
+            )
+        )  # fmt: skip
         self._rejected = (path / "rejected.jsonl").open("w", encoding="utf-8")
         self._offsets, self._name_offsets = array("q", [0]), array("q", [0])
+        self._group_names: dict[str, int] = {}
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -173,26 +196,39 @@ class StoreWriter:
             stream.close()
 
     def _streams(self) -> tuple[IO[Any], ...]:
-        return self._ids, self._weights, self._names, self._flags, self._rejected
+        return (
+            self._ids, self._weights, self._labels, self._names, self._flags, self._groups,
+            self._rejected,
+        )  # fmt: skip
 
     def add(
         self,
         ids: bytes,
         *,
         weights: bytes,
+        labels: bytes,
         lengths: Sequence[int],
         names: Sequence[str],
+        groups: Sequence[str],
         flags: Sequence[int],
     ) -> None:
-        """Append samples whose tokens lie behind one another (int32 and float32 bytes)."""
+        """Append samples whose tokens lie behind one another (int32, float32 and uint8 bytes)."""
         self._ids.write(ids)
         self._weights.write(weights)
+        self._labels.write(labels)
         self._flags.write(bytes(flags))
+        self._groups.write(bytes(map(self._group_number, groups)))
         for length, name in zip(lengths, names, strict=True):
             self._offsets.append(self._offsets[-1] + length)
             encoded = name.encode("utf-8", "surrogatepass")
             self._names.write(encoded)
             self._name_offsets.append(self._name_offsets[-1] + len(encoded))
+
+    def _group_number(self, name: str) -> int:
+        known = self._group_names
+        if name not in known and len(known) == MOST_GROUPS - 1:
+            name = "others"
+        return known.setdefault(name, len(known))
 
     def reject(self, row: dict[str, Any]) -> None:
         """Note a refused row."""
@@ -209,12 +245,13 @@ class StoreWriter:
             raise storage_error(error, self.path) from error
         sizes = {name: (self.path / name).stat().st_size for name in _FILES}
         counts = {f.name: getattr(report, f.name) for f in fields(report)}
-        text = dump_json({**counts, "sizes": sizes}, indent=1)
+        saved = {**counts, "sizes": sizes, "groups": list(self._group_names)}
+        text = dump_json(saved, indent=1)
         (self.path / "report.json").write_text(text, encoding="utf-8")
         (self.path / "key.json").write_text(dump_json(key, indent=1), encoding="utf-8")
 
 
-_COUNTERS = ("rejected", "dropped")
+_COUNTERS = ("rejected", "dropped", "mix")
 _SUMS = (
     "rows",
     "folded",

@@ -14,6 +14,7 @@ from itertools import chain, islice
 import numpy as np
 
 from verl_sft.data.fold import Conversation
+from verl_sft.data.kinds import with_turn
 from verl_sft.data.messages import Refused
 from verl_sft.data.render import render
 from verl_sft.data.store import LOST_STOP, SPLIT, TRUNCATED, LoadReport
@@ -32,12 +33,14 @@ _ASKED_FOR = frozenset({"dropped_too_long", "nothing_to_learn"})
 
 @dataclass(slots=True)
 class Tokenised:
-    """The samples of a few conversations: int32 ids and float32 weights as bytes, unshifted."""
+    """The samples of a few conversations: ids, weights and labels as bytes, unshifted."""
 
     ids: bytes = b""
     weights: bytes = b""
+    labels: bytes = b""
     lengths: list[int] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
+    groups: list[str] = field(default_factory=list)
     flags: list[int] = field(default_factory=list)
     refused: list[JSON] = field(default_factory=list)
     counts: LoadReport = field(default_factory=LoadReport)
@@ -106,6 +109,7 @@ def tokenise(
     if views:
         done.ids = np.concatenate([view.token_ids for view in views]).tobytes()
         done.weights = np.concatenate([view.weights for view in views]).tobytes()
+        done.labels = np.concatenate([view.labels for view in views]).tobytes()
     return done
 
 
@@ -114,6 +118,10 @@ def _render(chat: Conversation, *, template: ChatTemplate, options: RenderOption
         options = replace(
             options, template_kwargs={**options.template_kwargs, **chat.template_kwargs}
         )
+    if chat.max_length is not None and chat.max_length < (
+        options.max_length or chat.max_length + 1
+    ):
+        options = replace(options, max_length=chat.max_length, truncation="drop")
     weights = None if chat.weights is None else dict(sorted(chat.weights.items()))
     views = render(
         chat.messages,
@@ -123,12 +131,14 @@ def _render(chat: Conversation, *, template: ChatTemplate, options: RenderOption
         weights=None if weights is None else tuple(weights.values()),
         options=options,
     )
-    if chat.sample_weight == 1:
-        return views
     if chat.sample_weight == 0:
         raise Refused("nothing_to_learn", "its sample_weight is 0")
-    scale = np.float32(chat.sample_weight)
-    return [replace(view, weights=view.weights * scale) for view in views]
+    if chat.first_turn:
+        views = [replace(v, labels=with_turn(v.labels, chat.first_turn)) for v in views]
+    if chat.sample_weight != 1:
+        scale = np.float32(chat.sample_weight)
+        views = [replace(view, weights=view.weights * scale) for view in views]
+    return views
 
 
 def _take(chat: Conversation, found: list[View], *, views: list[View], done: Tokenised) -> None:
@@ -139,6 +149,7 @@ def _take(chat: Conversation, found: list[View], *, views: list[View], done: Tok
         views.append(view)
         done.lengths.append(size)
         done.names.append(f"{chat.record_id}\n{chat.source}")
+        done.groups.append(chat.group)
         split = len(found) > 1
         done.flags.append(
             TRUNCATED * view.truncated + LOST_STOP * (view.lost_stops > 0) + SPLIT * split

@@ -58,12 +58,23 @@ def _read_file(path: Path, options: ReadOptions, reject: RejectSink | None) -> I
     for index, row in enumerate(chain(head, opened.rows)):
         for found in _read_row(row, chosen, options):
             if isinstance(found, SFTRecord):
+                if options.mask_history:
+                    found = _last_only(found)
                 yield replace(found, source=f"{path.name}:{index}")
             elif reject is not None:
                 reject(Reject(str(path), index, found.field, found.code, found.message, found.fix))
             else:
                 where = f"{path}:{index}:{found.field}"
                 raise InputError(found.message, where=where, why=found.code, fix=found.fix)
+
+
+def _last_only(record: SFTRecord) -> SFTRecord:
+    """Of the learned answers only the last one stays so."""
+    learned = record.supervise
+    if learned is None:
+        learned = tuple(i for i, m in enumerate(record.messages) if m.role == "assistant")
+    weights = record.weights if record.weights is None else record.weights[-1:]
+    return replace(record, supervise=learned[-1:], weights=weights)
 
 
 def _read_row(

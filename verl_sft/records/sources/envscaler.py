@@ -40,7 +40,7 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
         {**_columns(own), **kept},
         messages=messages,
         tools=tools_of(row.get("tools"), "tools"),
-        **learned_by(messages, flags, options=options),
+        **learned_by(flags),
     )
     if own != _own(record):
         record = replace(record, meta={**record.meta, _NAME: own})

@@ -43,7 +43,7 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
         {**columns, **kept},
         messages=messages,
         tools=tools_of(row.get("tools"), "tools"),
-        **learned_by(messages, flags, options=options),
+        **learned_by(flags),
     )
     if metadata != _metadata(record):
         record = replace(record, meta={**record.meta, _NAME: metadata})

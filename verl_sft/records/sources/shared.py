@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from verl_sft.records.parse import BadRowError, ReadOptions
+from verl_sft.records.parse import BadRowError
 from verl_sft.records.rows import load_json, message_text, record_to_row, row_to_record
 from verl_sft.records.schema import COLUMNS, SFTRecord
 from verl_sft.safe_io import dump_json
@@ -69,17 +69,12 @@ def message_of(role: str, text: str, kept: Any) -> Message:
     return Message(role, text)
 
 
-def learned_by(
-    messages: Sequence[Message], flags: Mapping[int, float] | None, *, options: ReadOptions
-) -> JSON:
-    """`supervise` and `weights` where flags of messages or the options choose what is learned.
+def learned_by(flags: Mapping[int, float] | None) -> JSON:
+    """`supervise` and `weights` where flags of messages choose what is learned.
 
     Raises:
         BadRowError: the flags leave nothing to learn.
     """
-    if options.mask_history:
-        last = max(i for i, m in enumerate(messages) if m.role == "assistant")
-        return {"supervise": (last,), "weights": None}
     if flags is None:
         return {}
     if not flags:

@@ -18,6 +18,7 @@ from verl_sft.records.sources.shared import (
     extras,
     from_extras,
     kept_message,
+    learned_by,
     message_of,
     text_of,
     tools_of,
@@ -68,16 +69,9 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     if not answers:
         raise BadRowError(field, "NO_ASSISTANT", "there is no assistant message to learn")
     learned: JSON = {}
-    if options.mask_history:
-        learned = {"supervise": (answers[-1],), "weights": None}
-    elif weights:
-        chosen = [i for i in answers if weights.get(i, 1.0) > 0]
-        if not chosen:
-            raise BadRowError(field, "NOTHING_LEARNED", "every answer has weight 0")
-        learned = {
-            "supervise": tuple(chosen),
-            "weights": tuple(weights.get(i, 1.0) for i in chosen),
-        }
+    if weights:
+        chosen = {i: weights.get(i, 1.0) for i in answers if weights.get(i, 1.0) > 0}
+        learned = learned_by(chosen)
     tools = tools_of(row.get(columns["tools"]), columns["tools"])
     return (from_extras(row.get(KEY), messages=messages, tools=tools, **learned),)
 

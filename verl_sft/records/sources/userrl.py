@@ -13,7 +13,7 @@ from typing import Any
 from verl_sft.records.parse import ROLES, BadRowError, ReadOptions, parse_messages
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
-from verl_sft.records.sources.shared import KEY, added, from_extras, learned_by, object_of, tools_of
+from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
 from verl_sft.types import JSON, Message
 
 _EPISODE = {"history", "reward", "data"}
@@ -60,7 +60,6 @@ def _episodes(
             env_name=str(data.get("env_name") or env),
             reward=sum(turns) if turns else None,
             meta={"userrl": {**rest, "turn_rewards": turns, "history": _at(histories, attempt)}},
-            **learned_by(messages, None, options=options),
         )
 
 
