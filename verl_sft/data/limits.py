@@ -26,6 +26,10 @@ _PADDING = frozenset(("ljust", "rjust", "center", "zfill", "do_center", "do_batc
 _PRODUCTS = frozenset(("rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip",
                        "do_trim"))  # fmt: skip
 _FORBIDDEN = frozenset(("encode", "translate", "maketrans"))
+# All text methods whose work or result is more than a pass over the text.
+COSTLY = (
+    _PADDING | _PRODUCTS | _FORBIDDEN | {"format", "format_map", "join", "replace", "expandtabs"}
+)
 _DIGITS = re.compile(r"\d+")
 _SIMPLE = (str, int, float, type(None))
 
@@ -53,19 +57,23 @@ def check_size(value: Any) -> tuple[int, int]:
     while level:
         below: list[Any] = []
         for part in level:
-            if isinstance(part, str):
+            kind = type(part)
+            if kind is str:
                 chars += len(part)
+            elif part is None or kind is bool:
+                continue
             elif isinstance(part, _SIMPLE):
-                _check_number(part)
-            elif isinstance(part, range):
+                chars += len(part) if isinstance(part, str) else 0
+                check_number(part)
+            elif kind is range:
                 parts += len(part)
             else:
-                children = _children(part)
+                children = part if kind is list or kind is tuple else _children(part)
                 parts += len(children)
                 if parts <= MAX_PARTS:
                     below += children
-            if parts > MAX_PARTS or chars > MAX_LENGTH:
-                raise OutOfLimitsError("the chat template spells out a huge structure")
+        if parts > MAX_PARTS or chars > MAX_LENGTH:
+            raise OutOfLimitsError("the chat template spells out a huge structure")
         depth += 1
         if depth > _MAX_DEPTH:
             raise OutOfLimitsError("the chat template nests lists too deeply")
@@ -98,8 +106,8 @@ def bounded(items: Any) -> Any:
 def check_operands(operator: str, left: Any, right: Any, *, charge: Charge) -> None:
     """The operands of an arithmetic operator, before it is applied."""
     if isinstance(left, int) and isinstance(right, int):
-        _check_number(left)
-        _check_number(right)
+        check_number(left)
+        check_number(right)
         if operator == "**" and left.bit_length() * max(right, 0) > _MAX_BITS:
             raise OutOfLimitsError("the chat template computes a huge number")
     elif operator == "%" and isinstance(left, str):
@@ -165,7 +173,8 @@ def _check_widths(values: Sequence[Any]) -> None:
             raise OutOfLimitsError("the chat template asks for a huge width")
 
 
-def _check_number(value: Any) -> None:
+def check_number(value: Any) -> None:
+    """Refuse a huge whole number."""
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise OutOfLimitsError("the chat template computes a huge number")
 

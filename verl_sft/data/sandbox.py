@@ -24,12 +24,14 @@ import jinja2.sandbox
 
 from verl_sft.data.jinja_code import DICT_NAMES, Generator, Marks, Rewriter
 from verl_sft.data.limits import (
+    COSTLY,
     MAX_LENGTH,
     MAX_PARTS,
     OutOfLimitsError,
     bounded,
     check_call,
     check_length,
+    check_number,
     check_operands,
     check_size,
 )
@@ -43,6 +45,8 @@ _MAX_FORMAT = 1000  # of a date
 
 _MISSING = object()
 _TEXTS = {str}
+_HIDDEN = ("_loop_vars", "_block_vars")  # what jinja itself adds to calls
+_SCALARS = frozenset((str, bool, type(None)))
 _NUMBERS = (int, float, complex, bytes)
 _LOOP_NAMES = frozenset(n for n in dir(jinja2.runtime.LoopContext) if n[0] != "_")
 _TEXT_METHODS = frozenset(
@@ -139,22 +143,34 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """An arithmetic operator, refused where its result would be huge."""
+        if (
+            type(left) is type(right) is int
+            and operator in ("+", "-")
+            and abs(left) < _LARGE > abs(right)
+        ):
+            return self.binop_table[operator](left, right)
         check_operands(operator, left, right, charge=self._charge)
         return self._new(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
         """A call of a function, macro or method, charged."""
         # jinja hands out `format` wrapped.
-        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        owner: Any = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         if isinstance(owner, _NUMBERS):
             raise OutOfLimitsError("the chat template calls a method of a number")
-        given = [bounded(a) for a in args]
-        check_size((given, list(kwargs.values())))
+        named = {k: v for k, v in kwargs.items() if k not in _HIDDEN}
+        plain = not named and _SCALARS.issuperset(map(type, args))
+        if plain and type(owner) is str and obj.__name__ not in COSTLY:
+            check_length(owner)
+            return self._new(obj(*args))
+        given = args
+        if not plain:
+            given = tuple([bounded(a) for a in args])
+            check_size((given, named))
         if not isinstance(owner, str):
             if isinstance(owner, list | tuple | dict):
                 check_size(owner)
             return self._new(super().call(context, obj, *given, **kwargs))
-        named = {k: v for k, v in kwargs.items() if k not in ("_loop_vars", "_block_vars")}
         name = str(getattr(obj, "__name__", ""))
         check_call(name, [owner, *given, *([named] if named else [])], charge=self._charge)
         return self._new(obj(*given, **named))
@@ -245,7 +261,7 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def _spelled(self, value: Any) -> Any:
         """A value that is about to be printed or compared, however often its parts are shared."""
-        if type(value) is not str:
+        if type(value) not in _SCALARS:
             check_size(value)
         return value
 
@@ -254,6 +270,8 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         if isinstance(value, str):
             self._charge(len(value))
             check_length(value)
+        elif type(value) is int:
+            check_number(value)
         elif value is not None and not isinstance(value, bool):
             self._charge(check_size(value)[0])
         return value
