@@ -45,17 +45,13 @@ def shard(
     Returns:
         `model`, now also an `FSDPModule`.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=None if dtype is torch.float32 else dtype, reduce_dtype=torch.float32
-    )
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     offloading = CPUOffloadPolicy() if offload and world.device.type == "cuda" else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": world.mesh,
         "mp_policy": policy,
         "offload_policy": offloading,
     }
-    if world.device.type == "cuda" and not offload:
-        model.to(world.device)
     for layer in layers:
         _fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     # Loss weights enter at the root; they must stay float32.
@@ -89,6 +85,19 @@ def rows_of(rank: int, *, size: int, rows: int) -> tuple[int, int]:
     """Half-open range of the first dimension that `rank` of `size` holds (torch.chunk's rule)."""
     step = -(-rows // size)
     return min(rows, rank * step), min(rows, (rank + 1) * step)
+
+
+def with_rows(parameter: DTensor, rows: torch.Tensor) -> nn.Parameter:
+    """A sharded parameter like `parameter` (a meta tensor, say) with these rows on this rank."""
+    whole = DTensor.from_local(
+        rows,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:

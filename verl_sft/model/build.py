@@ -18,6 +18,7 @@ from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
 from verl_sft.model.lora import add_lora, wants_lora
 from verl_sft.model.loss import LossModel
+from verl_sft.model.meta import Slot, hollow_model, to_meta
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLED_BYTES = 1 << 20
@@ -29,6 +30,8 @@ class BuiltModel:
 
     loss_model: LossModel
     peft: Any | None
+    slots: tuple[Slot, ...] = ()  # parameters that are meta tensors until they are filled
+    whole_because: str = ""  # why there are none
 
     @property
     def causal(self) -> Any:
@@ -96,10 +99,24 @@ def load_causal(
 
 
 def build_model(
-    config: ModelConfig, *, dtype: torch.dtype, attention: str, seed: int
+    config: ModelConfig, *, dtype: torch.dtype, attention: str, seed: int, on_meta: bool = False
 ) -> BuiltModel:
-    """Load the model, add adapters and recomputation where wanted, wrap it in its loss."""
-    causal = load_causal(config, dtype=dtype, attention=attention, seed=seed)
+    """Load the model, add adapters and recomputation where wanted, wrap it in its loss.
+
+    Args:
+        config: which model, which of its parameters learn.
+        dtype: of the parameters.
+        attention: name in transformers' table.
+        seed: of new parameters.
+        on_meta: leave the weights in their files, to be read into slots later, if that is possible.
+    """
+    slots: list[Slot] = []
+    path = model_path(config)
+    hollow = hollow_model(config, path=path, dtype=dtype, attention=attention) if on_meta else ""
+    if isinstance(hollow, str):
+        causal = load_causal(config, dtype=dtype, attention=attention, seed=seed)
+    else:
+        causal, slots = hollow
     peft = None
     if wants_lora(config):
         torch.manual_seed(seed)
@@ -111,7 +128,8 @@ def build_model(
     if dtype is torch.bfloat16:
         for parameter in loss_model.parameters():
             parameter.data = parameter.data.to(dtype)
-    return BuiltModel(loss_model, peft)
+    to_meta(slots)
+    return BuiltModel(loss_model, peft, tuple(slots), hollow if isinstance(hollow, str) else "")
 
 
 def _recompute_activations(causal: Any) -> None:
