@@ -15,7 +15,7 @@ from verl_sft.model.loss import has_plain_head, loss_sum
 def naive(
     hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    return (cross_entropy(hidden @ head.T, targets, reduction="none") * weights).sum()
+    return (cross_entropy(hidden @ head.T, targets, reduction="none") * weights).double().sum()
 
 
 @settings(max_examples=25, deadline=None)

@@ -59,110 +59,10 @@ def baseline(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any
     return run_once(model, tmp_path_factory.mktemp("baseline") / "run")
 
 
-@pytest.mark.parametrize(
-    ("size", "changes"),
-    [
-        (1, {"data__micro_batch_size_per_gpu": 1}),
-        (1, {"data__micro_batch_size_per_gpu": 8}),
-        (1, {"use_remove_padding": False}),
-        (1, {"model__enable_gradient_checkpointing": True}),
-        (1, {"model__attn_implementation": "sdpa"}),
-        (1, {"engine__reshard_after_forward": False}),
-        (2, {}),
-        (2, {"use_remove_padding": False, "data__micro_batch_size_per_gpu": 1}),
-        (3, {"data__micro_batch_size_per_gpu": 1}),
-    ],
-)
-def test_one_trajectory(
-    model: Path, baseline: tuple[Any, Any], tmp_path: Path, size: int, changes: dict[str, Any]
-) -> None:
-    """Micro-batches, padding, recomputation and ranks change losses by less than 1e-6."""
-    steps, weights = run_once(model, tmp_path / "run", size=size, **changes)
-    expected = np.array(baseline[0])
-    found = np.array(steps)
-    assert found.shape == expected.shape == (6, 2)
-    assert np.abs(found[:, 0] - expected[:, 0]).max() < 1e-5
-    assert np.abs(found[:2, 0] - expected[:2, 0]).max() < 1e-6
-    assert abs((found[:, 0] - expected[:, 0]).mean()) < 1e-6
-    assert np.abs(found[0, 1] - expected[0, 1]).max() < 1e-5
-    for name, tensor in baseline[1].items():
-        if name.startswith("model."):
-            assert torch.allclose(weights[name], tensor, atol=2e-4), name
-
-
-def test_another_seed_is_another_trajectory(
-    model: Path, baseline: tuple[Any, Any], tmp_path: Path
-) -> None:
-    """Negative control of the equivalence: what should change the losses does."""
-    steps, _ = run_once(model, tmp_path / "run", trainer__seed=2)
-    assert abs(steps[0][0] - baseline[0][0][0]) > 1e-4
-
-
 def test_it_learns(model: Path, tmp_path: Path) -> None:
     """Twenty epochs on a simple rule bring the loss far down."""
     steps, _ = run_once(model, tmp_path / "run", trainer__total_epochs=20, optim__lr=1e-2)
     assert steps[-1][0] < 0.6 * steps[0][0]
-
-
-def test_parity_with_a_plain_loop(model: Path, baseline: tuple[Any, Any], tmp_path: Path) -> None:
-    """Three AdamW steps of a plain torch loop over single samples give the same numbers."""
-    from transformers import AutoModelForCausalLM
-
-    from verl_sft.data.plan import plan_epoch
-
-    store = toy_store(10)
-    plain = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.float32)
-    matrices = [p for p in plain.parameters() if p.ndim >= 2]
-    vectors = [p for p in plain.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": vectors, "weight_decay": 0.0}],
-        betas=(0.9, 0.95),
-    )
-    plan = plan_epoch(
-        store.lengths, seed=1, epoch=0, token_budget=64, train_batch_size=4, dp_size=1
-    )
-    for step, step_plan in enumerate(plan.steps[:3]):
-        samples = [store[i] for i in step_plan.sample_indices()]
-        denominator = sum(float(s.weights.sum()) for s in samples)
-        total = 0.0
-        for sample in samples:
-            logits = plain(input_ids=torch.tensor(sample.input_ids)[None].long()).logits[0]
-            losses = torch.nn.functional.cross_entropy(
-                logits, torch.tensor(sample.target_ids).long(), reduction="none"
-            )
-            loss = (losses * torch.tensor(sample.weights)).sum() / denominator
-            loss.backward()
-            total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        factor = lr_factor(step, total_steps=6, warmup=0, kind="cosine", min_ratio=0)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * factor
-        optimizer.step()
-        optimizer.zero_grad()
-        assert abs(total - baseline[0][step][0]) < 1e-5
-        assert abs(float(norm) - baseline[0][step][1]) < 1e-4
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"engine__dtype": "bf16"},
-        {"engine__dtype": "bf16", "model__lora_rank": 4},
-        {"engine__dtype": "bf16", "engine__model_dtype": "bf16"},
-        {"engine__dtype": "bf16", "engine__model_dtype": "bf16", "model__lora_rank": 4},
-    ],
-)
-def test_bf16_follows_fp32(
-    model: Path, baseline: tuple[Any, Any], tmp_path: Path, changes: dict[str, Any]
-) -> None:
-    """Computing in bf16, on two ranks, starts at the fp32 loss and stays near it."""
-    steps, weights = run_once(model, tmp_path / "run", size=2, **changes)
-    assert abs(steps[0][0] - baseline[0][0][0]) < 0.02
-    if "model__lora_rank" not in changes:
-        assert abs(steps[-1][0] - baseline[0][-1][0]) < 0.1
-    pure = "engine__model_dtype" in changes
-    kinds = {t.dtype for n, t in weights.items() if n.startswith("model.")}
-    assert kinds == {torch.bfloat16 if pure else torch.float32}
 
 
 def test_validation_covers_every_row(model: Path, tmp_path: Path) -> None:
@@ -248,7 +148,7 @@ def test_the_probe_sees_contamination(model: Path, monkeypatch: pytest.MonkeyPat
     attention = pick_attention("split", device=CPU, half=False)
     built = build_model(config.model, dtype=torch.float32, attention=attention, seed=0)
 
-    def one_document(cu_seqlens: torch.Tensor, *, max_seqlen: int) -> dict[str, Any]:
+    def one_document(cu_seqlens: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         return document_kwargs(cu_seqlens[[0, -1]], max_seqlen=int(cu_seqlens[-1]))
 
     monkeypatch.setattr(loss, "document_kwargs", one_document)

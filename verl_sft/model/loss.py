@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from verl_sft.model.attention import document_kwargs
+from verl_sft.model.tree_attention import tree_kwargs
 
 CHUNK_ROWS = 1024  # learned positions whose logits exist at one time
 
@@ -21,12 +22,19 @@ _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 def loss_sum(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, weights: Tensor, chunk: int = CHUNK_ROWS
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    weights: Tensor,
+    chunk: int = CHUNK_ROWS,
+    each: Tensor | None = None,
 ) -> Tensor:
-    """Sum of `weights * cross_entropy(hidden @ head_weight.T, targets)`, as float32 scalar.
+    """Sum of `weights * cross_entropy(hidden @ head_weight.T, targets)`, as float64 scalar.
 
-    At most `chunk` rows of logits exist at one time, forward and backward: where gradients are
-    wanted they are computed in the forward pass, next to the logits they come from.
+    Rows are added up in float64, so that the order in which they come (packing, chunks, ranks) does
+    not show in the sum. At most `chunk` rows of logits exist at one time, forward and backward:
+    where gradients are wanted they are computed in the forward pass, next to the logits they come
+    from.
 
     Args:
         hidden: [N, D], learned positions only.
@@ -34,14 +42,18 @@ def loss_sum(
         targets: int64 [N].
         weights: float32 [N].
         chunk: rows of logits at one time.
+        each: float32 [N], is filled with the unweighted loss of each row where it is given.
     """
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
-        total: Tensor = _ChunkedLoss.apply(hidden, head_weight, targets, weights, chunk)  # type: ignore[no-untyped-call]
+        total: Tensor = _ChunkedLoss.apply(hidden, head_weight, targets, weights, chunk, each)  # type: ignore[no-untyped-call]
         return total
-    total = hidden.new_zeros((), dtype=torch.float32)
+    total = hidden.new_zeros((), dtype=torch.float64)
     for part in _chunks(len(hidden), chunk):
         logits = (hidden[part] @ head_weight.T).float()
-        total = total + weights[part] @ cross_entropy(logits, targets[part], reduction="none")
+        losses = cross_entropy(logits, targets[part], reduction="none")
+        total = total + _dot(weights[part], losses)
+        if each is not None:
+            each[part] = losses
     return total
 
 
@@ -50,16 +62,25 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, chunk: int
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        targets: Tensor,
+        weights: Tensor,
+        chunk: int,
+        each: Tensor | None,
     ) -> Tensor:
-        total = hidden.new_zeros((), dtype=torch.float32)
+        total = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for part in _chunks(len(hidden), chunk):
             logits = (hidden[part] @ head.T).float()
             norm = logits.logsumexp(dim=-1, keepdim=True)
             picked = logits.gather(1, targets[part, None])
-            total += weights[part] @ (norm - picked).squeeze(1)
+            losses = (norm - picked).squeeze(1)
+            total += _dot(weights[part], losses)
+            if each is not None:
+                each[part] = losses
             # d loss / d logits = weight * (softmax - onehot)
             grad = logits.sub_(norm).exp_().mul_(weights[part, None])
             grad.scatter_add_(1, targets[part, None], -weights[part, None])
@@ -68,19 +89,24 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.mm(grad, head, out=grad_hidden[part])
             if grad_head is not None:
                 grad_head += grad.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.grads = grad_hidden, grad_head  # scaled in place below: no second copy of the head's
         ctx.head_dtype = head.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
+        grad_hidden, grad_head = ctx.grads
+        ctx.grads = None
         scale = upstream[0]
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * scale.to(grad_hidden.dtype)
+            grad_hidden.mul_(scale)
         if grad_head is not None:
-            grad_head = (grad_head * scale).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None
+            grad_head = grad_head.mul_(scale).to(ctx.head_dtype)
+        return grad_hidden, grad_head, None, None, None, None
+
+
+def _dot(weights: Tensor, losses: Tensor) -> Tensor:
+    return weights.double() @ losses.double()
 
 
 def _chunks(rows: int, chunk: int) -> list[slice]:
@@ -99,6 +125,8 @@ class LossModel(nn.Module):
         self.causal = causal
         self.chunk = chunk
         self.split_head = has_plain_head(causal)
+        self.keep_losses = False  # of each learned row, in `row_losses`, float32 [N]
+        self.row_losses: Tensor | None = None
 
     def forward(
         self,
@@ -108,9 +136,12 @@ class LossModel(nn.Module):
         max_seqlen: int,
         target_ids: Tensor | None = None,
         weights: Tensor | None = None,
+        denominator: float = 1.0,
+        subtree_end: Tensor | None = None,
         mode: Literal["loss", "logits", "reference"] = "loss",
+        parts: int = 1,
     ) -> Tensor:
-        """The weighted loss sum of a batch (float32 scalar), or logits for checks.
+        """The weighted loss sum of a batch (float64 scalar), or logits for checks.
 
         Args:
             input_ids: int64 [B, T].
@@ -119,13 +150,18 @@ class LossModel(nn.Module):
             max_seqlen: tokens of the longest document.
             target_ids: int64 [B, T].
             weights: float32 [B, T].
+            denominator: what the sum is divided by. Here and not behind it: a gradient that is
+                scaled in bf16 later on is off by up to 0.4 %, all of it in one direction.
+            subtree_end: int64 [B, T] of `PackedBatch`, where documents are token trees.
             mode: `logits` [B*T, V] of this forward; `reference`: of the model's own forward with
                 the attention of transformers, for one document.
+            parts: in how many slices the batch was cut, of which the tensors are one.
         """
         if mode == "reference":
             return self._reference(input_ids)
         ids, positions = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
-        kwargs = document_kwargs(cu_seqlens, max_seqlen=max_seqlen)
+        kwargs = document_kwargs(cu_seqlens, max_seqlen=max_seqlen, parts=parts)
+        kwargs |= tree_kwargs(subtree_end)
         common = dict(input_ids=ids, position_ids=positions, use_cache=False, **kwargs)
         if self.split_head:
             hidden = self.causal.get_decoder()(**common).last_hidden_state[0]  # type: ignore[operator]
@@ -138,12 +174,15 @@ class LossModel(nn.Module):
         rows = flat_weights.nonzero().squeeze(1)
         if not len(rows):  # every rank must reach every parameter, or the collectives do not match
             rows = torch.zeros(1, dtype=torch.int64, device=hidden.device)
-        picked, wanted = target_ids.reshape(-1)[rows], flat_weights[rows]
+        picked, wanted = target_ids.reshape(-1)[rows], flat_weights[rows] / denominator
         if not self.split_head:
             losses = cross_entropy(hidden[rows].float(), picked, reduction="none")
-            return wanted @ losses
+            self.row_losses = losses.detach() if self.keep_losses else None
+            return _dot(wanted, losses)
         head = self.causal.get_output_embeddings().weight  # type: ignore[operator]
-        return loss_sum(hidden[rows], head, picked, wanted, self.chunk)
+        each = hidden.new_empty(len(rows), dtype=torch.float32) if self.keep_losses else None
+        self.row_losses = each
+        return loss_sum(hidden[rows], head, picked, wanted, self.chunk, each)
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.causal.get_output_embeddings()(hidden)  # type: ignore[operator]
