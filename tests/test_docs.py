@@ -219,8 +219,8 @@ def test_wrong_pages_are_seen() -> None:
     ]
     text = "`make nothing`\n```bash\nmake test  # make up\n.venv/bin/verl-sft train\n```\n"
     assert commands(text, "make") - make_targets() == {"nothing"}
-    assert commands("`verl-sft convert` or `verl-sft train`", "verl-sft") - set(COMMANDS) == {
-        "convert"
+    assert commands("`verl-sft transmute` or `verl-sft train`", "verl-sft") - set(COMMANDS) == {
+        "transmute"
     }
     assert command_words(text) == [["train"]]
     rows = [["1", "x", "works", ""], ["2", "x", "maybe", ""], ["3", "x", "partly", ""]]

@@ -15,8 +15,12 @@ from verl_sft.config.load import load_config
 T = TypeVar("T")
 
 
-def read_words(schema: type[T], words: Sequence[str], *, usage: str) -> T | None:
+def read_words(
+    schema: type[T], words: Sequence[str], *, usage: str, world_size: int | None = None
+) -> T | None:
     """The command's config, or None after `--help` or `--dry-run` was answered.
+
+    `world_size` is the number of processes that the command will start.
 
     Raises:
         UsageError: as `load_config`.
@@ -26,7 +30,7 @@ def read_words(schema: type[T], words: Sequence[str], *, usage: str) -> T | None
         print("\n".join(_key_lines(schema())))
         return None
     rest = [w for w in words if w != "--dry-run"]
-    config = load_config(schema, rest, say=say)
+    config = load_config(schema, rest, say=say, world_size=world_size)
     if len(rest) < len(words):
         print(to_yaml(config), end="")
         return None

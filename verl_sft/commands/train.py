@@ -12,8 +12,11 @@ from verl_sft.errors import UsageError
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     nproc, rest = _split_nproc(words)
-    usage = "verl-sft train [nproc=N] data.train_files=DIR model.partial_pretrain=HF_DIR ..."
-    if read_words(TrainConfig, rest, usage=usage) is None:
+    usage = (
+        "verl-sft train [nproc=N] [--llamafactory FILE.yaml] data.train_files=DIR "
+        "model.partial_pretrain=HF_DIR [key=value ...]"
+    )
+    if read_words(TrainConfig, rest, usage=usage, world_size=nproc) is None:
         return 0
     from verl_sft.trainer.launch import default_nproc, launch
 

@@ -7,24 +7,32 @@ decides what exists. Nothing below an entry point sees a DictConfig.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from verl_sft.config.dialects import translate
+from verl_sft.config.llamafactory import read_llamafactory
 from verl_sft.errors import UsageError, VerlSftError
 
 T = TypeVar("T")
 
 
 def load_config(
-    schema: type[T], words: Sequence[str], *, say: Callable[[str], None] | None = None
+    schema: type[T],
+    words: Sequence[str],
+    *,
+    say: Callable[[str], None] | None = None,
+    world_size: int | None = None,
 ) -> T:
-    """Build `schema` from its defaults, `--config FILE.yaml` and `key=value` words, in that order.
+    """Build `schema` from its defaults, files and `key=value` words, in that order.
 
-    A section given a plain name (`env=alfworld`) sets its `name`. `say` hears of every key of
-    another dialect that was translated or has no effect.
+    Files are `--config FILE.yaml` with our keys and `--llamafactory FILE.yaml` with theirs, whose
+    batch size is per process (`world_size`; default: what torchrun says). A section given a plain
+    name (`env=alfworld`) sets its `name`. `say` hears of every key of another dialect that was
+    translated or has no effect.
 
     Raises:
         UsageError: unknown key (with the nearest known one), wrong type, or a value out of range.
@@ -35,8 +43,16 @@ def load_config(
     known = dict(config_keys(schema))
     files, overrides = _split_config_files(words)
     try:
-        for path in files:
-            for key, value in _flatten(_read_yaml(path)):
+        for option, path in files:
+            if option == "--llamafactory":
+                ranks = world_size or int(os.environ.get("WORLD_SIZE", 1))
+                found = read_llamafactory(path, world_size=ranks)
+                for note in found.notes:
+                    _tell(say, note)
+                values: Iterable[tuple[str, Any]] = found.values.items()
+            else:
+                values = _flatten(_read_yaml(path))
+            for key, value in values:
                 _set(tree, known, key, value, say)
         for key, value in _parse(overrides):
             _set(tree, known, key, value, say)
@@ -110,8 +126,7 @@ def _set(
     canonical: str | None = key
     if key not in known or (section is not None and not isinstance(value, dict)):
         canonical, value, note = translate(key, value)
-        if note and say is not None:
-            say(note)
+        _tell(say, note)
     if canonical is None:
         return
     parent = canonical.rpartition(".")[0]
@@ -129,6 +144,11 @@ def _set(
         raise UsageError(f"{key}={value}: {str(error).splitlines()[0]}") from error
 
 
+def _tell(say: Callable[[str], None] | None, note: str) -> None:
+    if note and say is not None:
+        say(note)
+
+
 def _unknown_key(key: str, known: dict[str, type | None]) -> UsageError:
     names = [k for k, section in known.items() if section is None]
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
@@ -138,18 +158,17 @@ def _unknown_key(key: str, known: dict[str, type | None]) -> UsageError:
     return UsageError(f"unknown key '{key}'", fix=hint)
 
 
-def _split_config_files(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    files: list[Path] = []
+def _split_config_files(words: Sequence[str]) -> tuple[list[tuple[str, Path]], list[str]]:
+    files: list[tuple[str, Path]] = []
     rest: list[str] = []
     pending = iter(words)
     for word in pending:
-        if word == "--config":
-            name = next(pending, None)
-            if name is None:
-                raise UsageError("--config needs a file name")
-            files.append(Path(name))
-        elif word.startswith("--config="):
-            files.append(Path(word.partition("=")[2]))
+        option, sign, name = word.partition("=")
+        if option in ("--config", "--llamafactory"):
+            name = name if sign else next(pending, "")
+            if not name:
+                raise UsageError(f"{option} needs a file name")
+            files.append((option, Path(name).expanduser()))
         else:
             rest.append(word)
     return files, rest
