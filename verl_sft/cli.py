@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("verl_sft.commands.collect", "play an environment, write train and val rows"),
     "convert": ("verl_sft.commands.convert", "data of other tools into ours, and back"),
     "inspect": ("verl_sft.commands.inspect", "show what a run would train on, token by token"),
+    "plan": ("verl_sft.commands.plan", "steps, fill, balance and memory of a run, before it"),
     "train": ("verl_sft.commands.train", "fine-tune a model on rows"),
     "evaluate": ("verl_sft.commands.evaluate", "measure success in an environment"),
     "quickstart": ("verl_sft.commands.quickstart", "all of it on this machine, in minutes"),

@@ -10,17 +10,23 @@ from typing import Any
 
 from verl_sft.config.train import TrainConfig
 from verl_sft.data.audit import audit_figures, audit_lines
+from verl_sft.data.joined import JoinedStore
 from verl_sft.data.load import load_samples
-from verl_sft.data.plan import EpochPlan, plan_epoch, validation_plan
+from verl_sft.data.plan import EpochPlan, plan_epoch
 from verl_sft.data.store import SampleStore
 from verl_sft.data.tokenizer import tokenizer_spec
+from verl_sft.data.tree import shared_lengths
 from verl_sft.distributed.reduce import together
-from verl_sft.distributed.setup import World
+from verl_sft.distributed.setup import World, check_layout
 from verl_sft.errors import UsageError
 from verl_sft.model.build import model_fingerprint
-from verl_sft.records.resolve import resolve_files
+from verl_sft.records.mix import Source, mix_lines, resolve_sources
 from verl_sft.safe_io import content_hash, file_sha256, write_json
+from verl_sft.trainer.env_eval import check_env_eval
+from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.sft_trainer import RunPlan
+from verl_sft.trainer.sharing import check_sharing, shared_tokens, shuffle_units
+from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
 
 _TEMPLATE_COLUMN = "prompt_template"
 _TOKEN_FILES = ("ids.i32", "weights.f32", "offsets.i64")
@@ -31,7 +37,7 @@ class Inputs:
     """Samples of both splits and the plan over them."""
 
     train: SampleStore
-    val: SampleStore | None
+    val: SampleStore | JoinedStore | None
     train_files: list[Path]
     plan: RunPlan
 
@@ -43,14 +49,19 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
         UsageError: naming the key.
     """
     refused = {
-        "ulysses_sequence_parallel_size": config.ulysses_sequence_parallel_size != 1,
         "model.use_liger": config.model.use_liger,
-        "engine.fsdp_size": config.engine.fsdp_size not in (-1, world_size),
         "trainer.nan_policy": config.trainer.nan_policy != "stop",
     }
     for key, wrong in refused.items():
         if wrong:
             raise UsageError(f"{key}: this value is not supported", fix="Leave it at its default")
+    check_layout(
+        world_size,
+        sp_size=config.ulysses_sequence_parallel_size,
+        fsdp_size=config.engine.fsdp_size,
+    )
+    check_sharing(config)
+    check_env_eval(config.trainer)
     budget, longest = config.data.token_budget, config.data.max_length
     if budget < longest:
         raise UsageError(
@@ -95,10 +106,30 @@ def load_inputs(
     Raises:
         InputError: no usable row, or a sample that fits into no micro-batch.
     """
+    train, val, paths = read_splits(config, tokenizer=tokenizer, directory=directory, world=world)
+    with together(world):
+        if world.is_main:
+            lines = [*audit_lines(train), *mix_lines(train.report.mix)]
+            say("\n".join(lines))
+            write_json(directory / "audit.json", {"lines": lines, "figures": audit_figures(train)})
+    count, batch = len(train.lengths), config.data.train_batch_size
+    if count < batch:
+        say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
+    return Inputs(train, val, paths, make_plan(config, train=train, val=val, world=world))
+
+
+def read_splits(
+    config: TrainConfig, *, tokenizer: Any, directory: Path, world: World
+) -> tuple[SampleStore, SampleStore | JoinedStore | None, list[Path]]:
+    """The token caches of both splits, built where they are missing, and the training files.
+
+    Raises:
+        InputError: no usable row.
+    """
     data = config.data
     cache = Path(data.cache_dir) if data.cache_dir else directory / "token_cache"
 
-    def read(files: list[Path], limit: int) -> SampleStore:
+    def read(files: list[Source], limit: int) -> SampleStore:
         return load_samples(
             files,
             tokenizer=tokenizer_spec(tokenizer, name=str(config.model.partial_pretrain)),
@@ -116,33 +147,36 @@ def load_inputs(
                 where="data.train_files",
                 fix="Give an sft_data directory, parquet files, or a list of them",
             )
-        train_files = resolve_files(data.train_files, split="train")
-        val_files = _val_files(data.val_files, data.train_files)
+        train_files = resolve_sources(data.train_files, split="train")
+        val_files = {
+            name: _val_files(spec, train_files) for name, spec in named_sets(data.val_files).items()
+        }
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
-        val = read(val_files, data.val_max_samples) if val_files else None
-    with together(world):
-        if world.is_main:
-            lines = audit_lines(train)
-            say("\n".join(lines))
-            write_json(directory / "audit.json", {"lines": lines, "figures": audit_figures(train)})
-    count, batch = len(train.lengths), data.train_batch_size
-    if count < batch:
-        say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
-    return Inputs(train, val, train_files, make_plan(config, train=train, val=val, world=world))
+        val = join_sets(
+            {name: read(found, data.val_max_samples) for name, found in val_files.items() if found}
+        )
+    return train, val, [file for source in train_files for file in source.files]
 
 
 def make_plan(
-    config: TrainConfig, *, train: SampleStore, val: SampleStore | None, world: World
+    config: TrainConfig,
+    *,
+    train: SampleStore,
+    val: SampleStore | JoinedStore | None,
+    world: World,
 ) -> RunPlan:
     """The plan of the whole run, a pure function of config, lengths and number of ranks."""
     data = config.data
     options: dict[str, Any] = {
         "token_budget": data.token_budget,
-        "dp_size": world.size,
+        "dp_size": world.dp_size,
         "packed": config.use_remove_padding,
         "micro_batch_size": data.micro_batch_size_per_gpu,
+        "quadratic_cost": planning_cost(config.model),
     }
+    on_gpu, units = world.device.type == "cuda", shuffle_units(config, train)
+    shared = shared_tokens(config, train, units=units, on_gpu=on_gpu)
 
     @lru_cache(maxsize=1)
     def epoch_plan(epoch: int) -> EpochPlan:
@@ -152,6 +186,8 @@ def make_plan(
             epoch=epoch,
             train_batch_size=data.train_batch_size,
             shuffle=data.shuffle,
+            units=units,
+            shared=shared,
             **options,
         )
 
@@ -159,10 +195,13 @@ def make_plan(
     total = per_epoch * config.trainer.total_epochs
     if config.trainer.total_training_steps is not None:
         total = min(total, config.trainer.total_training_steps)
-    validation = None
+    validation = {}
     if val is not None and len(val.lengths):
-        validation = validation_plan(val.lengths, **options)
-    return RunPlan(epoch_plan, per_epoch, total, validation)
+        trees = None
+        if shared is not None:
+            trees = shared_lengths(val, units=shuffle_units(config, val))
+        validation = plan_sets(val, shared=trees, **options)
+    return RunPlan(epoch_plan, per_epoch, total, validation, share=shared is not None)
 
 
 def fingerprint(config: TrainConfig, *, inputs: Inputs) -> dict[str, Any]:
@@ -172,6 +211,7 @@ def fingerprint(config: TrainConfig, *, inputs: Inputs) -> dict[str, Any]:
         "data": data_fingerprint(inputs.train),
         "data.train_batch_size": config.data.train_batch_size,
         "data.shuffle": config.data.shuffle,
+        "data.shuffle_unit": config.data.shuffle_unit,
         "trainer.seed": config.trainer.seed,
         "model": model_fingerprint(model),
         "engine.model_dtype": config.engine.model_dtype,
@@ -208,11 +248,10 @@ def provenance(config: TrainConfig, *, files: list[Path]) -> dict[str, Any]:
     }
 
 
-def _val_files(spec: Any, train_spec: Any) -> list[Path]:
+def _val_files(spec: Any, train: list[Source]) -> list[Source]:
     """The validation files: as given, or those beside the training file, or none."""
     if spec is not None:
-        return [] if spec in ("", "none") else resolve_files(spec, split="val")
-    first = train_spec if isinstance(train_spec, str | Path) else next(iter(train_spec), "")
-    place = Path(str(first)).expanduser()
-    folder = place if place.is_dir() else place.parent
-    return sorted(folder.glob("val.parquet")) or sorted(folder.glob("val-*.parquet"))
+        return [] if spec in ("", "none") else resolve_sources(spec, split="val")
+    folder = train[0].files[0].parent
+    found = sorted(folder.glob("val.parquet")) or sorted(folder.glob("val-*.parquet"))
+    return [Source(tuple(found))] if found else []

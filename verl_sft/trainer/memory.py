@@ -1,0 +1,196 @@
+"""How much memory a rank needs, from dimensions and settings alone: no weights, no device.
+
+What is counted is what the training step allocates. The process itself (interpreter, libraries,
+mapped data; 0.5 to 1 GB on a CPU, a CUDA context on a GPU) comes on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from verl_sft.config.train import TrainConfig
+from verl_sft.model.lora import wants_lora
+from verl_sft.model.shape import ModelShape
+
+_FP32 = 4
+_LOGIT_ROWS = 1024  # `model.loss.CHUNK_ROWS`, which cannot be imported without torch
+# Of the moments of an optimizer: bytes per trained parameter, as multiples of the parameter's.
+_MOMENTS = {"sgd": 1.0, "adafactor": 0.1, "lion": 1.0, "muon": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySettings:
+    """What memory depends on beside the model.
+
+    Attributes:
+        shard_size: ranks that hold one copy of the parameters together.
+        sp_size: ranks that share a micro-batch.
+        parameter_bytes: of a parameter at rest.
+        compute_bytes: of a number in the forward pass.
+        adapters: their parameters; None where the whole model is trained.
+        checkpointing: `none`, `selective` (matrix products are kept) or `full`.
+        offload: parameters, gradients and optimizer states are in host memory.
+        offload_activations: what the layers keep for backward is in host memory.
+        reshard: parameters of a layer are given back after its forward pass.
+        scores: attention keeps its probabilities (in bf16 on a CPU), not only its output.
+        moments: bytes of optimizer state per trained parameter.
+    """
+
+    shard_size: int = 1
+    sp_size: int = 1
+    parameter_bytes: int = _FP32
+    compute_bytes: int = _FP32
+    adapters: int | None = None
+    checkpointing: str = "none"
+    offload: bool = False
+    offload_activations: bool = False
+    reshard: bool = True
+    scores: bool = False
+    moments: float = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes of one rank at the worst moment of the largest micro-batch."""
+
+    parameters: int  # this rank's rows
+    gathered: int  # copies in compute precision of what is used right now
+    gradients: int
+    optimizer: int
+    activations: int  # kept between forward and backward
+    logits: int  # one chunk of them, at the end of the forward pass
+    backward: int  # gradients of activations on their way; logits are gone by then
+
+    @property
+    def total(self) -> int:
+        """All that is there at the same time."""
+        together = self.parameters + self.gathered + self.gradients + self.optimizer
+        return together + self.activations + max(self.logits, self.backward)
+
+
+def estimate_memory(
+    shape: ModelShape, *, settings: MemorySettings, tokens: int, learned: int, longest: int = 0
+) -> MemoryEstimate:
+    """The memory of one rank.
+
+    Args:
+        shape: of the model.
+        settings: how it is trained.
+        tokens: of the largest micro-batch, padding included.
+        learned: of them, those with a weight: only these have logits.
+        longest: tokens of the longest document; default: all of them.
+    """
+    here = -(-tokens // settings.sp_size)
+    everything = shape.parameters + (settings.adapters or 0)
+    trained = shape.parameters if settings.adapters is None else settings.adapters
+    held = 0 if settings.offload else 1
+    rows = min(-(-learned // settings.sp_size), _LOGIT_ROWS, here)
+    return MemoryEstimate(
+        parameters=held * everything * settings.parameter_bytes // settings.shard_size,
+        gathered=_gathered(shape, settings=settings),
+        gradients=held * trained * settings.parameter_bytes // settings.shard_size
+        + _passing_gradients(shape, settings=settings),
+        optimizer=int(held * trained * settings.moments) // settings.shard_size,
+        activations=_activations(shape, settings=settings, tokens=here, longest=longest or tokens),
+        logits=rows * shape.vocab * (2 * _FP32 + (2 if settings.compute_bytes == 2 else 0)),
+        backward=here * settings.compute_bytes * (3 * shape.intermediate + 2 * shape.hidden),
+    )
+
+
+def memory_settings(
+    config: TrainConfig, *, shape: ModelShape, world_size: int, half: bool, on_gpu: bool
+) -> MemorySettings:
+    """What a run's config means for memory.
+
+    Args:
+        config: of the run.
+        shape: of its model.
+        world_size: ranks in all.
+        half: whether it computes in bf16.
+        on_gpu: offloading does nothing elsewhere.
+    """
+    engine, model = config.engine, config.model
+    sharded = world_size if engine.fsdp_size == -1 else min(engine.fsdp_size, world_size)
+    at_rest = 2 if engine.model_dtype == "bf16" else _FP32
+    name = str(getattr(config.optim, "optimizer", "adamw")).lower()
+    factor = next((f for known, f in _MOMENTS.items() if known in name), 2.0)
+    adapters = None
+    if wants_lora(model):
+        targets = model.target_modules
+        adapters = shape.lora_parameters(rank=max(model.lora_rank, 1), targets=targets)
+    return MemorySettings(
+        shard_size=sharded,
+        sp_size=config.ulysses_sequence_parallel_size,
+        parameter_bytes=at_rest,
+        compute_bytes=2 if half or at_rest == 2 else _FP32,
+        adapters=adapters,
+        checkpointing=_checkpointing(model),
+        offload=bool(engine.offload) and on_gpu,
+        offload_activations=bool(getattr(model, "activation_offload", False)) and on_gpu,
+        reshard=engine.reshard_after_forward,
+        scores=half and not on_gpu,
+        moments=factor * (1 if "8bit" in name else 0.5 if "4bit" in name else at_rest),
+    )
+
+
+def format_bytes(size: float) -> str:
+    """`1.5 GiB`."""
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"
+
+
+def _checkpointing(model: Any) -> str:
+    chosen = str(getattr(model, "activation_checkpointing", "") or "")
+    if chosen in ("none", "selective", "full"):
+        return chosen
+    return "full" if model.enable_gradient_checkpointing else "none"
+
+
+def _gathered(shape: ModelShape, *, settings: MemorySettings) -> int:
+    """Copies that FSDP makes: the root's stay, a layer's come one ahead."""
+    same = settings.compute_bytes == settings.parameter_bytes
+    if same and settings.shard_size == 1 and not settings.offload:
+        return 0  # one rank computes with the parameters themselves
+    layers = min(shape.layers, 2 if settings.reshard else shape.layers)
+    numbers = shape.root_parameters + layers * shape.layer_parameters
+    return numbers * settings.compute_bytes
+
+
+def _passing_gradients(shape: ModelShape, *, settings: MemorySettings) -> int:
+    """Gradients before they are reduced: of the head in float32 while it is summed up."""
+    if settings.adapters is not None:
+        return 0
+    return shape.vocab * shape.hidden * _FP32
+
+
+def _activations(shape: ModelShape, *, settings: MemorySettings, tokens: int, longest: int) -> int:
+    """What autograd keeps of `tokens` tokens between forward and backward."""
+    size = settings.compute_bytes
+    whole = tokens * _layer_bytes(shape, settings=settings, longest=longest)
+    entry = tokens * shape.hidden * size  # all that a recomputed layer keeps
+    ends = tokens * shape.hidden * (2 * size + _FP32)  # the last norm, and its gradient
+    if settings.offload_activations:
+        return 2 * whole + ends
+    if settings.checkpointing == "full":
+        return shape.layers * entry + whole + ends
+    if settings.checkpointing == "selective":
+        kept = 2 * shape.hidden + 3 * shape.query + 2 * shape.key_value
+        kept += 2 * shape.intermediate * shape.active_experts
+        return shape.layers * tokens * kept * size + whole + ends
+    return shape.layers * whole + ends
+
+
+def _layer_bytes(shape: ModelShape, *, settings: MemorySettings, longest: int) -> int:
+    """What autograd keeps of one token in one layer: the inputs of each product and norm."""
+    size, full = settings.compute_bytes, settings.adapters is None
+    # A norm keeps its input in float32 and what its weight multiplies; the product behind it keeps
+    # its own input. Frozen norms do not ask for what they multiply.
+    norm = shape.hidden * (_FP32 + size + (size if full else 0))
+    attention = size * (3 * shape.query + 2 * shape.key_value)
+    if settings.scores:
+        attention += size * shape.heads * longest // 2
+    return 2 * norm + attention + size * 4 * shape.intermediate * shape.active_experts
