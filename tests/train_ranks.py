@@ -39,10 +39,16 @@ Hook = Callable[[Any], None]
 class ToyStore:
     """Samples in memory with the interface of the real store."""
 
+    groups: tuple[str, ...] = ()
+
     def __init__(self, samples: list[TokenizedSample]) -> None:
         self.samples = samples
         self.lengths = np.array([len(s) for s in samples], dtype=np.int64)
         self.fingerprint = f"toy-{len(samples)}-{int(self.lengths.sum())}"
+
+    def units(self) -> np.ndarray:
+        names = [s.record_id for s in self.samples]
+        return np.cumsum([a != b for a, b in zip(names, [None, *names], strict=False)]) - 1
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -169,7 +175,7 @@ def _child(
         world = setup_world("cpu", store=dist.FileStore(str(store), size))
 
         def load(config: TrainConfig, **kwargs: Any) -> inputs.Inputs:
-            plan = inputs.make_plan(config, train=train, val=val, world=world)
+            plan = inputs.make_plan(config, train=train, val=val, world=kwargs["world"])
             return inputs.Inputs(train, val, [Path("toy.csv")], plan)
 
         fsdp_sft_trainer.load_inputs = load
@@ -209,6 +215,5 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     _, newest = list_checkpoints(folder)[0]
     shards = [load_file(f) for f in sorted(newest.glob("*.safetensors"))]
     names = [n for n in shards[0] if not n.startswith("rng")]
-    return {
-        n: shards[0][n] if n == "optim.step" else torch.cat([s[n] for s in shards]) for n in names
-    }
+    whole = {n: torch.cat([s[n] for s in shards if n in s]) for n in names}
+    return {**whole, "optim.step": shards[0]["optim.step"]}

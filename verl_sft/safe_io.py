@@ -88,6 +88,23 @@ def publish_dir(temporary: Path, path: Path) -> None:
         raise storage_error(error, path) from error
 
 
+def publish_link(path: Path, target: str) -> None:
+    """Make `path` a symbolic link to `target` (relative to its folder), at once.
+
+    Raises:
+        StorageError: the place is not writable, or something that is no link stands there.
+    """
+    temporary = path.parent / f".tmp-{path.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.symlink_to(target)
+        os.replace(temporary, path)
+        fsync_path(path.parent)
+    except OSError as error:
+        raise storage_error(error, path) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Publish `text` as UTF-8 under `path`."""
     with publishing(path) as temporary:

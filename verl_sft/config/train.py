@@ -33,8 +33,9 @@ class DataConfig:
     """Rows in, micro-batches out."""
 
     train_files: Any = None  # a path, a list, a glob or an sft_data directory
-    val_files: Any = None  # default: val.parquet beside train.parquet; none: no validation
+    val_files: Any = None  # also {name: files}; default: val.parquet beside train.parquet, or none
     format: str = "auto"  # of the rows: a name (convert --help lists them) or file.py:function
+    mask_history: bool | None = None  # learn last answers only; null: as the format has it
     train_batch_size: int = 256  # samples per optimizer step, over all ranks
     micro_batch_size_per_gpu: int = 4
     max_token_len_per_gpu: int | None = None  # default: micro_batch_size_per_gpu * max_length
@@ -122,8 +123,14 @@ class EngineConfig:
     fsdp_size: int = -1
     reshard_after_forward: bool = True
     offload: bool = False  # parameters and optimizer states in host memory
+    meta_start: str = "auto"  # auto | true | false: no rank holds the whole model while loading
 
     def __post_init__(self) -> None:
+        self.meta_start = str(self.meta_start).lower()  # YAML reads true and false
+        one_of("engine.meta_start", self.meta_start, ("auto", "true", "false"))
+        spellings = {"bfloat16": "bf16", "float32": "fp32"}
+        self.dtype = spellings.get(self.dtype, self.dtype)
+        self.model_dtype = spellings.get(self.model_dtype, self.model_dtype)
         one_of("engine.strategy", self.strategy, ("fsdp2", "fsdp"))
         one_of("engine.model_dtype", self.model_dtype, ("fp32", "bf16"))
         one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16"))
@@ -167,6 +174,18 @@ class TrainerConfig:
     save_freq: Any = "after_each_epoch"  # steps | after_each_epoch | -1: only at the end
     test_freq: Any = "after_each_epoch"
     logger: Any = field(default_factory=lambda: ["console", "file", "tensorboard"])
+    log_freq: int | None = None  # steps per console line; default: all, or 500 lines of a long run
+    loss_breakdown: bool = True  # loss by kind of token, by turn and by source
+    peak_flops: float | None = None  # FLOP/s of one device, for the MFU; default: by its name
+    best_metric: str = "val/loss"  # judges the best model; also val/NAME/loss, env/...
+    save_best: bool = False  # also save wherever best_metric is better than ever
+    export_best: bool = False  # export the best checkpoint, not the last
+    early_stop_patience: int | None = None  # validations in a row without a better one; null: never
+    early_stop_min_delta: float = 0.0  # a smaller gain is none
+    env_eval_freq: Any = -1  # play games with the current weights: as test_freq
+    env_eval_data_dir: str | None = None  # of the games; default: the environment's own
+    env_eval: list[str] = field(default_factory=list)  # words for `verl-sft evaluate`
+    env_eval_timeout: float = 1800.0  # seconds for one evaluation
     seed: int = 1
     resume_mode: str = "auto"  # auto | disable | resume_path
     resume_from_path: str | None = None
@@ -184,7 +203,14 @@ class TrainerConfig:
             at_least("trainer.total_training_steps", self.total_training_steps, 1)
         if self.max_ckpt_to_keep is not None:
             at_least("trainer.max_ckpt_to_keep", self.max_ckpt_to_keep, 1)
-        for key in ("save_freq", "test_freq"):
+        for name in ("log_freq", "early_stop_patience"):
+            if getattr(self, name) is not None:
+                at_least(f"trainer.{name}", getattr(self, name), 1)
+        if self.peak_flops is not None:
+            at_least("trainer.peak_flops", self.peak_flops, 1)
+        at_least("trainer.early_stop_min_delta", self.early_stop_min_delta, 0)
+        at_least("trainer.env_eval_timeout", self.env_eval_timeout, 1)
+        for key in ("save_freq", "test_freq", "env_eval_freq"):
             value = getattr(self, key)
             if value not in (None, "after_each_epoch") and not isinstance(value, int):
                 raise UsageError(

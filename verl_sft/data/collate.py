@@ -26,6 +26,7 @@ class PackedBatch(TensorClass["nocast"]):  # type: ignore[type-arg,name-defined]
         cu_seqlens: int32 [S+1], segment boundaries in the batch flattened to B*T.
         max_seqlen: tokens of the longest segment.
         num_documents: N.
+        labels: int32 [B, T], what each target is (`data/kinds.py`).
         parts: in how many slices the batch was cut (`data/slice.py`); 1: it is whole.
         subtree_end: int64 [B, T], only where documents are token trees (`data/tree.py`): in the
             batch flattened to B*T, row q sees row k (k <= q) if and only if q < subtree_end[k].
@@ -39,6 +40,7 @@ class PackedBatch(TensorClass["nocast"]):  # type: ignore[type-arg,name-defined]
     cu_seqlens: torch.Tensor
     max_seqlen: int
     num_documents: int
+    labels: torch.Tensor
     parts: int = 1
     subtree_end: torch.Tensor | None = None
 
@@ -72,6 +74,7 @@ def collate(
     targets = np.full(shape, pad_id, dtype=np.int64)
     weights = np.zeros(shape, dtype=np.float32)
     positions = np.zeros(shape, dtype=np.int64)
+    labels = np.zeros(shape, dtype=np.int32)
     documents = np.full(shape, PADDING_DOCUMENT, dtype=np.int32)
     subtree_end = np.zeros(shape, dtype=np.int64)
     bounds, count = [0], 0
@@ -82,6 +85,7 @@ def collate(
             place = (index, slice(0, at))
             inputs[place], targets[place] = trees.input_ids, trees.target_ids
             weights[place], positions[place] = trees.weights, trees.positions
+            labels[place] = trees.labels
             documents[place], subtree_end[place] = trees.trees + count, trees.subtree_end + start
             ends = np.flatnonzero(np.diff(trees.trees, append=-1)) + 1
             bounds.extend((ends + start).tolist())
@@ -99,6 +103,7 @@ def collate(
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         max_seqlen=int(np.diff(bounds).max()),
         num_documents=count,
+        labels=torch.from_numpy(labels),
         subtree_end=torch.from_numpy(subtree_end) if share else None,
         batch_size=[],
     )

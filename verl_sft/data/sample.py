@@ -18,7 +18,8 @@ class TokenizedSample:
 
     `input_ids`, `target_ids` (int32 [T]) and `weights` (float32 [T]) are aligned: the model reads
     `input_ids[t]`, must say `target_ids[t]`, and is held to it with `weights[t]` (0: context only).
-    `spans` are the learned half-open ranges of positions t; `source` is `file:row` of the record.
+    `spans` are the learned half-open ranges of positions t; `source` is `file:row` of the record;
+    `labels` say what each target is (`data/kinds.py`, int32 [T]; None: nothing is known).
 
         text             <u> 2+2? <a> 4 <end>
         input_ids        <u> 2+2? <a> 4
@@ -32,6 +33,7 @@ class TokenizedSample:
     weights: Float32Array
     source: str = ""
     spans: tuple[tuple[int, int], ...] = field(default=())
+    labels: Int32Array | None = None
 
     def __post_init__(self) -> None:
         sizes = {len(self.input_ids), len(self.target_ids), len(self.weights)}
@@ -39,6 +41,10 @@ class TokenizedSample:
 
     def __len__(self) -> int:
         return len(self.input_ids)
+
+    def label_ids(self) -> Int32Array:
+        """Labels of the targets, int32 [T]; zeros where nothing is known."""
+        return np.zeros(len(self), dtype=np.int32) if self.labels is None else self.labels
 
     @property
     def num_learned(self) -> int:

@@ -42,6 +42,7 @@ def slice_batch(batch: PackedBatch, *, part: int, parts: int) -> PackedBatch:
         "target_ids": cut(batch.target_ids, 0),
         "weights": cut(batch.weights, 0),
         "position_ids": positions[own][None],
+        "labels": cut(batch.labels, 0),
         "document_ids": cut(batch.document_ids, PADDING_DOCUMENT),
         "cu_seqlens": bounds,
         "max_seqlen": longest,

@@ -226,7 +226,7 @@ class StoreWriter:
 
     def _group_number(self, name: str) -> int:
         known = self._group_names
-        if name not in known and len(known) == MOST_GROUPS - 1:
+        if name not in known and len(known) >= MOST_GROUPS - 1:
             name = "others"
         return known.setdefault(name, len(known))
 

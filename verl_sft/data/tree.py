@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,7 @@ class TokenTrees:
         subtree_end: int64 [T], end of the token's descendants: row q sees row k (k <= q) if and
             only if q < subtree_end[k].
         trees: int64 [T], number of the tree, from 0.
+        labels: int32 [T], of a sample that learns the token's target.
     """
 
     input_ids: Int32Array
@@ -42,6 +44,7 @@ class TokenTrees:
     positions: Int64Array
     subtree_end: Int64Array
     trees: Int64Array
+    labels: Int32Array
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -67,10 +70,10 @@ def build_trees(samples: Sequence[TokenizedSample], *, min_shared: int = MIN_SHA
         positions     0 1 2 1 2 3
         subtree_end   6 3 3 6 6 6
     """
-    order = sorted(samples, key=lambda sample: sample.input_ids.astype(">u4").tobytes())
+    order = _depth_first(samples)
     room = sum(map(len, order))
     ids, targets = np.empty(room, dtype=np.int32), np.empty(room, dtype=np.int32)
-    weights = np.zeros(room, dtype=np.float32)
+    weights, labels = np.zeros(room, dtype=np.float32), np.zeros(room, dtype=np.int32)
     positions, subtree_end, trees = np.empty((3, room), dtype=np.int64)
     # Rows of the sample before; their targets are its targets, so only the last may differ below.
     path = np.empty(0, dtype=np.int64)
@@ -91,12 +94,33 @@ def build_trees(samples: Sequence[TokenizedSample], *, min_shared: int = MIN_SHA
         trees[start:stop] = count - 1
         path = np.concatenate((path[:shared], np.arange(start, stop)))
         weights[path] += sample.weights
+        learned = sample.weights != 0
+        labels[path[learned]] = sample.label_ids()[learned]
         subtree_end[path] = stop
         before = sample.input_ids
     return TokenTrees(
         ids[:stop], targets[:stop], weights[:stop], positions[:stop], subtree_end[:stop],
-        trees[:stop],
+        trees[:stop], labels[:stop],
     )  # fmt: skip
+
+
+def _depth_first(samples: Sequence[TokenizedSample]) -> list[TokenizedSample]:
+    """Samples that share more are nearer; where they part, the longest comes first.
+
+    A trunk is then one run of rows, which attention without a mask can take at once.
+    """
+    found = sorted(samples, key=lambda sample: sample.input_ids.astype(">u4").tobytes())
+    common = [common_length(a.input_ids, b.input_ids) for a, b in pairwise(found)]
+    order, waiting = [], [(0, len(found))] if found else []
+    while waiting:
+        start, stop = waiting.pop()
+        if stop - start == 1:
+            order.append(found[start])
+            continue
+        least = min(common[start : stop - 1])
+        cuts = [start, *(i + 1 for i in range(start, stop - 1) if common[i] == least), stop]
+        waiting.extend(sorted(pairwise(cuts), key=lambda g: max(map(len, found[g[0] : g[1]]))))
+    return order
 
 
 def side_by_side(samples: Sequence[TokenizedSample]) -> TokenTrees:
@@ -110,6 +134,7 @@ def side_by_side(samples: Sequence[TokenizedSample]) -> TokenTrees:
         np.arange(int(lengths.sum())) - np.repeat(ends - lengths, lengths),
         np.repeat(ends, lengths),
         np.repeat(np.arange(len(samples)), lengths),
+        np.concatenate([s.label_ids() for s in samples]),
     )
 
 

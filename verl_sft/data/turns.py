@@ -71,6 +71,10 @@ class Conversation:
         """Message `index` as the template gets it."""
         return self.rows[index]
 
+    def number(self, index: int) -> int:
+        """How many assistant messages come before message `index`."""
+        return sum(row["role"] == "assistant" for row in self.rows[:index])
+
     def check_context(self, index: int) -> None:
         """Refuse if the rendering of turn `index` leaves out messages or tools before it."""
         seen, text = self._history(index), self.turn(index).text

@@ -10,6 +10,7 @@ import numpy as np
 
 from verl_sft.config.train import DataConfig
 from verl_sft.data.encoder import Encoding
+from verl_sft.data.kinds import Uint8Array, turn_labels
 from verl_sft.data.messages import Refused
 from verl_sft.data.sample import Float32Array, Int32Array
 from verl_sft.data.template import ChatTemplate
@@ -57,11 +58,13 @@ class View:
     `weights[i]` is for having to produce `token_ids[i]` (int32 [T], float32 [T]). `turns` are the
     indices of the messages learned in it; `lost_stops` counts learned turns whose stop token was
     cut off, `without_stop` those for which the template prints none. `spans` are their half-open
-    token ranges; `escaped` counts control-token texts that were made plain text.
+    token ranges; `escaped` counts control-token texts that were made plain text. `labels` say what
+    each token is (`data/kinds.py`, uint8 [T]).
     """
 
     token_ids: Int32Array
     weights: Float32Array
+    labels: Uint8Array
     turns: tuple[int, ...]
     truncated: bool = False
     lost_stops: int = 0
@@ -95,6 +98,7 @@ def make_view(
     for turn in context:
         first, stop = np.searchsorted(encoding.ends, (turn.start + 1, turn.newline_end + 1))
         values[first:stop] = 0
+    labels = np.zeros(len(encoding.ids), dtype=np.uint8)
     spans = []
     for turn in turns:
         first, stop = _token_range(
@@ -104,10 +108,19 @@ def make_view(
             encoding, first=first, stop=stop, turn=turn, conversation=conversation, options=options
         )
         values[first:stop] = weights[turn.index] * parts
+        labels[first:stop] = turn_labels(
+            encoding,
+            first=first,
+            stop=stop,
+            turn=turn,
+            row=conversation.row(turn.index),
+            number=conversation.number(turn.index),
+        )
         spans.append((first, stop))
     return View(
         token_ids=encoding.ids,
         weights=values,
+        labels=labels,
         turns=tuple(turn.index for turn in turns),
         without_stop=sum(turn.stop_start is None for turn in turns),
         spans=tuple(spans),

@@ -24,6 +24,7 @@ from verl_sft import safe_io
 from verl_sft.distributed.reduce import from_main, gather_json, together
 from verl_sft.distributed.setup import World
 from verl_sft.errors import StorageError, UsageError
+from verl_sft.trainer.best import best_of, publish_links
 from verl_sft.trainer.state import TrainState, read_shards, write_shard
 
 MANIFEST = "manifest.json"
@@ -40,6 +41,9 @@ class TrainProgress:
     epoch: int = 0  # epoch of the next step
     epoch_step: int = 0  # index of the next step in its epoch
     tokens: int = 0  # tokens read so far
+    score: float | None = None  # of this step by trainer.best_metric, higher is better
+    best_score: float | None = None  # of all steps so far
+    bad_validations: int = 0  # in a row without a better one
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -160,6 +164,7 @@ def save(
                 safe_io.write_json(temporary / MANIFEST, manifest)
                 _publish(temporary, final)
                 safe_io.write_text(directory / LATEST, f"{progress.step}\n")
+                publish_links(directory, list_checkpoints(directory), manifest=MANIFEST)
                 _retire(directory, keep=keep, newest=final)
     finally:
         if world.is_main:
@@ -180,7 +185,7 @@ def load(
 def clean_leftovers(directory: Path) -> None:
     """Remove what a killed run was about to publish; call it only while holding the run lock."""
     for path in directory.glob(".tmp-*"):
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -197,11 +202,15 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def _retire(directory: Path, *, keep: int | None, newest: Path) -> None:
-    """Delete all but the `keep` newest whole checkpoints; the disk knows them, not this process."""
+    """Delete all but the `keep` newest whole checkpoints and the best; the disk knows them all."""
     if keep is None or keep < 1:
         return
-    older = [path for _, path in list_checkpoints(directory) if path != newest]
+    found = list_checkpoints(directory)
+    best = best_of(found, manifest=MANIFEST)
+    older = [path for _, path in found if path != newest]
     for path in older[keep - 1 :]:
+        if path == best:
+            continue
         hidden = path.with_name(f".tmp-{path.name}.old-{uuid.uuid4().hex[:8]}")
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)

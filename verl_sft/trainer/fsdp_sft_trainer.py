@@ -8,9 +8,10 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from verl_sft.model.build import load_tokenizer, model_path
 from verl_sft.processes import die_with_parent
 from verl_sft.trainer import checkpoint
 from verl_sft.trainer.assemble import assemble
+from verl_sft.trainer.best import best_of, stops_early
 from verl_sft.trainer.checkpoint import TrainProgress
+from verl_sft.trainer.env_eval import make_player
 from verl_sft.trainer.failures import as_user_error
 from verl_sft.trainer.inputs import (
     check_options,
@@ -37,8 +40,10 @@ from verl_sft.trainer.inputs import (
     provenance,
 )
 from verl_sft.trainer.resume import find_start
+from verl_sft.trainer.sft_trainer import RunPlan, SFTTrainer
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import STATUS_ENV, write_status
+from verl_sft.trainer.trackers import RunInfo
 from verl_sft.trainer.tracking import LOGGERS, Tracker, plot_loss
 
 EXPORT_DIR = "huggingface"
@@ -103,7 +108,8 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         found = find_start(config, directory=directory, marks=marks, say=say)
     out = directory / EXPORT_DIR
     start = TrainProgress(**found[1]["progress"]) if found else TrainProgress()
-    done = start.step >= inputs.plan.total_steps
+    early = stops_early(start, config=config.trainer)
+    done = early or start.step >= inputs.plan.total_steps
     if done and (not config.trainer.export or (out / "manifest.json").is_file()):
         say(f"the run is finished ({start.step} steps): nothing to do")
         _done(world, directory, start)
@@ -115,28 +121,62 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         state = TrainState(loss_model, trainer.optimizer)
         trainer.resume(checkpoint.load(found[0], manifest=found[1], state=state, world=world))
         say(f"going on from {found[0].name}")
+    facts = partial(provenance, config, files=inputs.train_files)
+    trainer.play = make_player(
+        config, model=loss_model, tokenizer=tokenizer, provenance=facts, directory=directory,
+        world=world, leaving=lambda: trainer.stop_asked, say=say,
+    )  # fmt: skip
     if world.is_main:
         safe_io.write_json(directory / "train_config.json", asdict(config))
-        trainer.tracker = Tracker(
-            directory,
-            loggers=as_list(config.trainer.logger),
-            start_step=start.step,
-            total_steps=inputs.plan.total_steps,
-        )
+        trainer.tracker = _open_tracker(config, directory=directory, start=start, plan=inputs.plan)
     trainer.stop_on_signals()
     progress = trainer.fit()
+    if stops_early(progress, config=config.trainer):
+        say(f"stopped early: {progress.bad_validations} validations without a better one")
     if trainer.tracker:
         trainer.tracker.close()
         note = plot_loss(directory)
         if note:
             say(note)
     if config.trainer.export:
-        facts = provenance(config, files=inputs.train_files)
+        if config.trainer.export_best:
+            _load_best(trainer, directory=directory, world=world, say=say)
         export_hf(
-            out, model=loss_model, config=config, tokenizer=tokenizer, provenance=facts, world=world
-        )
+            out, model=loss_model, config=config, tokenizer=tokenizer, provenance=facts(),
+            world=world,
+        )  # fmt: skip
         say(f"exported to {out}")
     _done(world, directory, progress)
+
+
+def _open_tracker(
+    config: TrainConfig, *, directory: Path, start: TrainProgress, plan: RunPlan
+) -> Tracker:
+    settings = config.trainer
+    return Tracker(
+        directory,
+        loggers=as_list(settings.logger),
+        start_step=start.step,
+        total_steps=plan.total_steps,
+        log_freq=settings.log_freq,
+        info=RunInfo(settings.project_name, settings.experiment_name, directory, asdict(config)),
+    )
+
+
+def _load_best(
+    trainer: SFTTrainer, *, directory: Path, world: World, say: Callable[[str], None]
+) -> None:
+    """Put the weights of the best checkpoint into the model, unless they are there already."""
+    with together(world):
+        best = best_of(checkpoint.list_checkpoints(directory), manifest=checkpoint.MANIFEST)
+        manifest = None if best is None else checkpoint.verify(best)
+    if best is None or manifest is None:
+        say("trainer.export_best: no checkpoint has a score, the last weights are exported")
+        return
+    if manifest["progress"]["step"] != trainer.progress.step:
+        state = TrainState(trainer.model, trainer.optimizer)
+        checkpoint.load(best, manifest=manifest, state=state, world=world)
+    say(f"the best model by {trainer.config.trainer.best_metric} is {best.name}")
 
 
 def as_list(value: Any) -> list[Any]:

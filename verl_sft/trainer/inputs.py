@@ -22,6 +22,7 @@ from verl_sft.errors import UsageError
 from verl_sft.model.build import model_fingerprint
 from verl_sft.records.mix import Source, mix_lines, resolve_sources
 from verl_sft.safe_io import content_hash, file_sha256, write_json
+from verl_sft.trainer.best import check_best
 from verl_sft.trainer.env_eval import check_env_eval
 from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.sft_trainer import RunPlan
@@ -115,7 +116,9 @@ def load_inputs(
     count, batch = len(train.lengths), config.data.train_batch_size
     if count < batch:
         say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
-    return Inputs(train, val, paths, make_plan(config, train=train, val=val, world=world))
+    plan = make_plan(config, train=train, val=val, world=world)
+    check_best(config.trainer, val_sets=list(plan.validation), validates=bool(plan.validation))
+    return Inputs(train, val, paths, plan)
 
 
 def read_splits(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,35 +13,65 @@ import torch
 
 from verl_sft.config.train import TrainConfig
 from verl_sft.data.collate import PackedBatch, collate
-from verl_sft.data.plan import EpochPlan, MicroBatch, StepPlan
+from verl_sft.data.plan import EpochPlan, Lengths, MicroBatch, StepPlan
 from verl_sft.data.sample import TokenizedSample
+from verl_sft.data.slice import slice_batch
 from verl_sft.distributed.reduce import gather_json, sum_over_ranks
 from verl_sft.distributed.setup import World
-from verl_sft.distributed.sharding import reshard
+from verl_sft.distributed.sharding import compute_dtype
 from verl_sft.errors import NonFiniteError, Preempted
 from verl_sft.trainer import checkpoint
+from verl_sft.trainer.best import judged, must_save, stops_early
+from verl_sft.trainer.breakdown import LossParts
 from verl_sft.trainer.checkpoint import TrainProgress
+from verl_sft.trainer.flops import peak_flops
+from verl_sft.trainer.meter import Meter, model_size
 from verl_sft.trainer.optim import gradient_norm, lr_factor, scale_gradients, warmup_steps
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.tracking import Tracker
+from verl_sft.trainer.validation import validate
 
 _NAMED_IDS = 20  # samples named in a message
+_MODEL_INPUTS = (
+    "input_ids",
+    "target_ids",
+    "weights",
+    "position_ids",
+    "cu_seqlens",
+    "max_seqlen",
+    "subtree_end",
+    "parts",
+)
 
 
 class Samples(Protocol):
-    """Tokenised samples by index."""
+    """Tokenised samples by index, with their lengths and the names of their sources."""
+
+    @property
+    def lengths(self) -> Lengths:
+        """Tokens of each sample, int64 [N]."""
+        ...
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the sources, in the order of their numbers in the labels."""
+        ...
 
     def __getitem__(self, index: int) -> TokenizedSample: ...
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Which samples each step reads: `train(epoch)`, the same number of steps in every epoch."""
+    """Which samples each step reads: `train(epoch)`, the same number of steps in every epoch.
+
+    `validation` holds one plan for each set by name; the name of an only set may be empty.
+    """
 
     train: Callable[[int], EpochPlan]
     steps_per_epoch: int
     total_steps: int
-    validation: StepPlan | None = None
+    validation: Mapping[str, StepPlan] = field(default_factory=dict)
+    share: bool = False  # whether samples of a row are merged into token trees
 
 
 @dataclass(frozen=True)
@@ -54,6 +84,7 @@ class StepOutcome:
     tokens: int
     learned_tokens: int
     stop_asked: bool
+    parts: Mapping[str, float] = field(default_factory=dict)  # the loss, broken down
 
 
 class SFTTrainer:
@@ -71,6 +102,7 @@ class SFTTrainer:
         fingerprint: what must not change between a run and its resumption.
         directory: of the run.
         tracker: rank 0's loggers; None elsewhere.
+        play: measures the current weights in an environment, on all ranks; None: nothing does.
     """
 
     def __init__(
@@ -87,15 +119,25 @@ class SFTTrainer:
         fingerprint: Mapping[str, Any],
         directory: Path,
         tracker: Tracker | None = None,
+        play: Callable[[int], Mapping[str, float]] | None = None,
     ) -> None:
         self.config, self.world, self.model = config, world, model
         self.optimizer, self.plan, self.pad_id = optimizer, plan, pad_id
         self.train_data, self.val_data = train_data, val_data
         self.fingerprint, self.directory = fingerprint, directory
-        self.progress, self.tracker = TrainProgress(), tracker
+        self.progress, self.tracker, self.play = TrainProgress(), tracker, play
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stop_asked = False
         self._saved_step = -1
+        self._lengths = train_data.lengths
+        model.keep_losses = config.trainer.loss_breakdown
+        dtype = str(compute_dtype(config.engine.dtype, device=world.device)).removeprefix("torch.")
+        self.meter = Meter(
+            world=world,
+            size=model_size(model),
+            peak=peak_flops(config.trainer.peak_flops, device=world.device, dtype=dtype),
+            budget=config.data.token_budget,
+        )
 
     def resume(self, progress: TrainProgress) -> None:
         """Go on from a loaded checkpoint."""
@@ -108,23 +150,22 @@ class SFTTrainer:
             NonFiniteError: NaN or inf appeared; the weights are those before that step.
             Preempted: a signal asked to stop; a checkpoint of the last step is there.
         """
-        total = self.plan.total_steps
-        while self.progress.step < total:
+        total, config = self.plan.total_steps, self.config.trainer
+        while self.progress.step < total and not stops_early(self.progress, config=config):
             steps = self.plan.train(self.progress.epoch).steps
             for step_plan in steps[self.progress.epoch_step :]:
                 started = time.perf_counter()
                 outcome = self.train_step(step_plan)
                 self._advance(outcome.tokens)
-                step, ended_epoch = self.progress.step, self.progress.epoch_step == 0
-                metrics = self._metrics(outcome, seconds=time.perf_counter() - started)
-                last = step == total
-                if self.plan.validation and (
-                    last or is_due(self.config.trainer.test_freq, step, epoch_end=ended_epoch)
-                ):
-                    metrics["val/loss"] = self.validate()
+                seconds = time.perf_counter() - started
+                metrics = self._metrics(outcome, step_plan=step_plan, seconds=seconds)
+                metrics.update(self._evaluate(leaving=outcome.stop_asked))
+                self.progress = judged(self.progress, metrics=metrics, config=config)
+                step = self.progress.step
+                last = step == total or stops_early(self.progress, config=config)
                 if self.tracker:
                     self.tracker.log_step(metrics)
-                if outcome.stop_asked or last or self._save_due(ended_epoch):
+                if outcome.stop_asked or last or self._save_due():
                     self.save()
                 if outcome.stop_asked and not last:
                     raise Preempted(
@@ -143,19 +184,20 @@ class SFTTrainer:
         """
         step = self.progress.step
         torch.manual_seed(dropout_seed(self.config.trainer.seed, self.world.rank, step))
-        micros = step_plan.ranks[self.world.rank]
+        micros = step_plan.ranks[self.world.dp_rank]
         batches = [self._batch(micro, self.train_data) for micro in micros]
         weight, tokens, learned, stop = sum_over_ranks(
             [*_counts(batches), float(self.stop_asked)], world=self.world
         )
-        losses = []
+        losses, parts = [], self._loss_parts(self.train_data)
         for index, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(index == len(batches) - 1)
-            loss = self.model(**_inputs(batch, self.world.device)) / weight
+            loss = self.model(**_inputs(batch, self.world.device), denominator=weight)
             loss.backward()
             losses.append(loss.detach())
+            parts.add(batch, self.model.row_losses)
         values = torch.stack(losses).tolist()
-        (total_loss,) = sum_over_ranks([sum(values)], world=self.world)
+        total_loss, *sums = sum_over_ranks([sum(values), *parts.values()], world=self.world)
         norm = gradient_norm(self.parameters, world=self.world)
         if not (abs(total_loss) < float("inf") and norm < float("inf")):
             self._refuse(step_plan, values)
@@ -167,22 +209,25 @@ class SFTTrainer:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(total_loss, norm, lr, int(tokens), int(learned), bool(stop))
+        named = parts.named(sums, prefix="train/")
+        return StepOutcome(total_loss, norm, lr, int(tokens), int(learned), bool(stop), named)
 
-    def validate(self) -> float:
-        """Mean loss per learned token over every validation row, on all ranks."""
-        assert self.plan.validation is not None and self.val_data is not None
-        total = weight = 0.0
-        self.model.eval()
-        with torch.no_grad():
-            for micro in self.plan.validation.ranks[self.world.rank]:
-                batch = self._batch(micro, self.val_data)
-                total += float(self.model(**_inputs(batch, self.world.device)))
-                weight += float(batch.weights.sum(dtype=torch.float64))
-        self.model.train()
-        reshard(self.model)
-        total, weight = sum_over_ranks([total, weight], world=self.world)
-        return total / weight
+    def validate(self) -> dict[str, float]:
+        """Mean losses per learned token over every validation row, on all ranks."""
+        data = self.val_data
+        assert data is not None
+
+        def forward(micro: MicroBatch) -> tuple[PackedBatch, torch.Tensor]:
+            batch = self._batch(micro, data)
+            return batch, self.model(**_inputs(batch, self.world.device))
+
+        return validate(
+            self.model,
+            sets=self.plan.validation,
+            forward=forward,
+            parts=self._loss_parts(data) if self.config.trainer.loss_breakdown else None,
+            world=self.world,
+        )
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one."""
@@ -223,8 +268,24 @@ class SFTTrainer:
 
         signal.signal(signal.SIGTERM, ask)
 
+    def _evaluate(self, *, leaving: bool) -> dict[str, float]:
+        """What is due behind this step: validation, and games unless the run is to stop now."""
+        config, step = self.config.trainer, self.progress.step
+        ended, last = self.progress.epoch_step == 0, step == self.plan.total_steps
+        found: dict[str, float] = {}
+        if self.plan.validation and (last or is_due(config.test_freq, step, epoch_end=ended)):
+            found.update(self.validate())
+        if self.play and not leaving and is_due(config.env_eval_freq, step, epoch_end=ended):
+            found.update(self.play(step))
+        return found
+
+    def _loss_parts(self, data: Samples) -> LossParts:
+        return LossParts(data.groups, device=self.world.device)
+
     def _batch(self, micro: MicroBatch, data: Samples) -> PackedBatch:
-        return collate([[data[i] for i in row] for row in micro], pad_id=self.pad_id)
+        rows = [[data[i] for i in row] for row in micro]
+        batch = collate(rows, pad_id=self.pad_id, share=self.plan.share)
+        return slice_batch(batch, part=self.world.sp_rank, parts=self.world.sp_size)
 
     def _advance(self, tokens: int) -> None:
         now, done = self.progress, self.progress.epoch_step + 1
@@ -237,10 +298,14 @@ class SFTTrainer:
             tokens=now.tokens + tokens,
         )
 
-    def _save_due(self, epoch_end: bool) -> bool:
-        return is_due(self.config.trainer.save_freq, self.progress.step, epoch_end=epoch_end)
+    def _save_due(self) -> bool:
+        config, step = self.config.trainer, self.progress.step
+        due = is_due(config.save_freq, step, epoch_end=self.progress.epoch_step == 0)
+        return due or must_save(self.progress, config=config)
 
-    def _metrics(self, outcome: StepOutcome, *, seconds: float) -> dict[str, float | int]:
+    def _metrics(
+        self, outcome: StepOutcome, *, step_plan: StepPlan, seconds: float
+    ) -> dict[str, float | int]:
         progress = self.progress
         return {
             "step": progress.step,
@@ -251,14 +316,21 @@ class SFTTrainer:
             "train/global_tokens": outcome.tokens,
             "train/learned_tokens": outcome.learned_tokens,
             "train/total_tokens": progress.tokens,
-            "train/tokens_per_second": outcome.tokens / seconds,
-            "train/step_seconds": seconds,
-            "train/eta_seconds": seconds * (self.plan.total_steps - progress.step),
+            "train/total_tokens(B)": progress.tokens / 1e9,
+            **outcome.parts,
+            **self.meter.measure(
+                step_plan,
+                lengths=self._lengths,
+                tokens=outcome.tokens,
+                learned=outcome.learned_tokens,
+                seconds=seconds,
+                remaining=self.plan.total_steps - progress.step,
+            ),
         }
 
     def _refuse(self, step_plan: StepPlan, losses: Sequence[float]) -> None:
         """All ranks saw the same sums, so all come here, before any weight has changed."""
-        micros = step_plan.ranks[self.world.rank]
+        micros = step_plan.ranks[self.world.dp_rank]
         bad = [m for m, v in zip(micros, losses, strict=True) if not abs(v) < float("inf")]
         mine = [self.train_data[i].record_id for micro in bad for row in micro for i in row]
         named = [name for part in gather_json(mine, world=self.world) for name in part]
@@ -296,5 +368,4 @@ def _counts(batches: Sequence[PackedBatch]) -> tuple[float, float, float]:
 
 def _inputs(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
     moved = batch.to(device, non_blocking=True) if device.type == "cuda" else batch
-    names = ("input_ids", "target_ids", "weights", "position_ids", "cu_seqlens", "max_seqlen")
-    return {name: getattr(moved, name) for name in names}
+    return {name: getattr(moved, name) for name in _MODEL_INPUTS}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from verl_sft.config.train import TrainConfig
+from verl_sft.data.joined import JoinedStore
 from verl_sft.data.store import SampleStore
 from verl_sft.data.tree import Int64Array, neighbour_units, shared_lengths
 from verl_sft.errors import UsageError
@@ -41,7 +42,7 @@ def check_sharing(config: TrainConfig) -> None:
         )
 
 
-def shuffle_units(config: TrainConfig, store: SampleStore) -> Int64Array:
+def shuffle_units(config: TrainConfig, store: SampleStore | JoinedStore) -> Int64Array:
     """Number of the unit of each sample: what `data.shuffle_unit` keeps together, int64 [N]."""
     units = store.units()
     return units if config.data.shuffle_unit == "conversation" else neighbour_units(store, units)

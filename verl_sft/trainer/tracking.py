@@ -1,7 +1,7 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, a line per step or a progress bar, `loss.png`.
+"""What a run tells: `metrics.jsonl`, TensorBoard, trackers, a line per step or a progress bar.
 
-Only rank 0 writes. `metrics.jsonl` holds exactly one object per optimizer step, whatever was
-killed and resumed in between.
+Only rank 0 writes. `metrics.jsonl` is written whatever the loggers are, and holds exactly one
+object per optimizer step, whatever was killed and resumed in between.
 """
 
 from __future__ import annotations
@@ -14,17 +14,36 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft import safe_io
+from verl_sft.trainer.trackers import ADAPTERS, Remote, RunInfo
 
 Metrics = Mapping[str, float | int]
 METRICS_FILE = "metrics.jsonl"
-LOGGERS = ("console", "file", "tensorboard")
+LOGGERS = ("console", "file", "tensorboard", *ADAPTERS)
+_CONSOLE_LINES = 500  # of a run without a terminal, unless trainer.log_freq says otherwise
 
 
 class Tracker:
-    """Fans metrics out to the loggers of the run; on other ranks than 0 it does nothing."""
+    """Fans the metrics of a step out to the loggers of the run; rank 0 has one.
+
+    Args:
+        directory: of the run.
+        loggers: names out of `LOGGERS`.
+        start_step: the step resumed from; what was written behind it is cut.
+        total_steps: of the run.
+        log_freq: steps per line where there is no terminal; None: all, or `_CONSOLE_LINES` evenly
+            spread lines of a longer run. First, last and validated steps always show.
+        info: for trackers; without it they are left out.
+    """
 
     def __init__(
-        self, directory: Path, *, loggers: Sequence[str], start_step: int, total_steps: int
+        self,
+        directory: Path,
+        *,
+        loggers: Sequence[str],
+        start_step: int,
+        total_steps: int,
+        log_freq: int | None = None,
+        info: RunInfo | None = None,
     ) -> None:
         self._path = directory / METRICS_FILE
         cut_metrics(self._path, last_step=start_step)
@@ -32,21 +51,28 @@ class Tracker:
         self._board = _open_board(directory, start_step) if "tensorboard" in loggers else None
         self._console = "console" in loggers
         self._bar = _open_bar(start_step, total_steps) if self._console else None
-        self._total = total_steps
+        self._first, self._total = start_step + 1, total_steps
+        self._every = log_freq or max(1, round(total_steps / _CONSOLE_LINES))
+        if self._console and self._bar is None and self._every > 1:
+            self.say(f"a line every {self._every} steps; {METRICS_FILE} holds all of them")
+        names = [name for name in loggers if name in ADAPTERS] if info is not None else []
+        self._remotes = [Remote(name, info=info, say=self.say) for name in names if info]
 
     def log_step(self, metrics: Metrics) -> None:
         """Record one optimizer step; it is on disk when this returns."""
         self._stream.write(json.dumps(dict(metrics), allow_nan=False) + "\n")
         self._stream.flush()
         step = int(metrics["step"])
+        named = {name: value for name, value in metrics.items() if "/" in name}
         if self._board is not None:
-            for name, value in metrics.items():
-                if "/" in name:
-                    self._board.add_scalar(name, value, step)
+            for name, value in named.items():
+                self._board.add_scalar(name, value, step)
+        for remote in self._remotes:
+            remote.log(named, step=step)
         if self._bar is not None:
-            self._bar[0].update(self._bar[1], completed=step, status=_status(metrics))
-        elif self._console:
-            print(f"step {step}/{self._total} {_status(metrics)}", flush=True)
+            self._bar[0].update(self._bar[1], completed=step, status=status(metrics))
+        elif self._console and self._shows(step, metrics):
+            print(f"step {step}/{self._total} {status(metrics)}", flush=True)
 
     def say(self, text: str) -> None:
         """Print one line without disturbing the progress bar."""
@@ -61,12 +87,19 @@ class Tracker:
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:
-        """Close all loggers."""
+        """Close all loggers; trackers get a while to finish."""
         if self._bar is not None:
             self._bar[0].stop()
+            self._bar = None
         self._stream.close()
         if self._board is not None:
             self._board.close()
+        for remote in self._remotes:
+            remote.close()
+
+    def _shows(self, step: int, metrics: Metrics) -> bool:
+        told = any(name.startswith(("val/", "env/")) for name in metrics)
+        return told or step % self._every == 0 or step in (self._first, self._total)
 
 
 def cut_metrics(path: Path, *, last_step: int) -> None:
@@ -89,7 +122,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(directory: Path) -> str:
-    """Draw `loss.png` from `metrics.jsonl`; returns a note if that is not possible."""
+    """Draw `loss.png` from `metrics.jsonl`; returns a note if that is not possible.
+
+    Training and validation losses, one line for each named validation set, and the success rate in
+    the environment on an axis of its own.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -99,31 +136,61 @@ def plot_loss(directory: Path) -> str:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for name, style in (("train/loss", "-"), ("val/loss", "o--")):
-        points = [(m["step"], m[name]) for m in rows if name in m]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
+    for name in ["train/loss", *_named_losses(rows)]:
+        _draw(axes, rows, name, "-" if name == "train/loss" else "o--")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss per learned token (nats)")
     axes.grid(alpha=0.3)
+    if any(SUCCESS in row for row in rows):
+        right = axes.twinx()
+        _draw(right, rows, SUCCESS, "s:", color="tab:green")
+        right.set_ylim(-0.02, 1.02)
+        right.set_ylabel("success rate")
+        right.legend(loc="upper right")
     if rows:
-        axes.legend()
+        axes.legend(loc="lower left")
     with safe_io.publishing(directory / "loss.png") as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return ""
 
 
-def _status(metrics: Metrics) -> str:
-    parts = [
-        f"loss {metrics['train/loss']:.4f}",
-        f"grad {metrics['train/grad_norm']:.3f}",
-        f"lr {metrics['train/lr']:.2e}",
-        f"{metrics['train/tokens_per_second']:,.0f} tok/s",
-        f"learned {metrics['train/learned_tokens']:,}",
-        f"eta {_clock(metrics['train/eta_seconds'])}",
-    ]
+SUCCESS = "env/success_rate"
+
+
+def _named_losses(rows: Sequence[Metrics]) -> list[str]:
+    """`val/loss` and each `val/NAME/loss`, in order of appearance."""
+    names = {name: None for row in rows for name in row if name.startswith("val/")}
+    return [name for name in names if name.endswith("/loss") and "/loss_" not in name]
+
+
+def _draw(axes: Any, rows: Sequence[Metrics], name: str, style: str, **options: Any) -> None:
+    points = [(row["step"], row[name]) for row in rows if name in row]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, label=name, markersize=4, **options)
+
+
+def status(metrics: Metrics) -> str:
+    """The line of a step: what is there of loss, gradient, rates, memory, balance and time."""
+    shown = (
+        ("train/loss", "loss {:.4f}"),
+        ("train/grad_norm", "grad {:.3f}"),
+        ("train/lr", "lr {:.2e}"),
+        ("train/tokens_per_second", "{:,.0f} tok/s"),
+        ("train/mfu", "mfu {:.1%}"),
+        ("train/mfu_executed", "({:.1%} executed)"),
+        ("train/cuda_peak_gb", "cuda {:.1f} GB"),
+        ("train/rss_gb", "rss {:.1f} GB"),
+        ("train/learned_tokens", "learned {:,}"),
+        ("train/fill", "fill {:.0%}"),
+        ("train/idle", "idle {:.0%}"),
+    )
+    parts = [text.format(metrics[name]) for name, text in shown if name in metrics]
+    if "train/eta_seconds" in metrics:
+        parts.append(f"eta {_clock(metrics['train/eta_seconds'])}")
     if "val/loss" in metrics:
         parts.append(f"val {metrics['val/loss']:.4f}")
+    if SUCCESS in metrics:
+        parts.append(f"success {metrics[SUCCESS]:.1%}")
     return " ".join(parts)
 
 
