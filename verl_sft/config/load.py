@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from verl_sft.config.dialects import translate
+from verl_sft.config.flags import PREFIXES, split_flags, translate_flags
 from verl_sft.config.llamafactory import read_llamafactory
 from verl_sft.errors import UsageError, VerlSftError
 
@@ -42,10 +43,10 @@ def load_config(
     tree = OmegaConf.structured(schema)
     known = dict(config_keys(schema))
     files, overrides = _split_config_files(words)
+    ranks = world_size or int(os.environ.get("WORLD_SIZE", 1))
     try:
         for option, path in files:
             if option == "--llamafactory":
-                ranks = world_size or int(os.environ.get("WORLD_SIZE", 1))
                 found = read_llamafactory(path, world_size=ranks)
                 for note in found.notes:
                     _tell(say, note)
@@ -54,8 +55,18 @@ def load_config(
                 values = _flatten(_read_yaml(path))
             for key, value in values:
                 _set(tree, known, key, value, say)
-        for key, value in _parse(overrides):
-            _set(tree, known, key, value, say)
+        flags, overrides = split_flags(overrides)
+        parsed = list(_parse(overrides, defaults=OmegaConf.structured(schema)))
+        for key, value in parsed:  # `training.*` keys say the same things as flags
+            if name := next((key.removeprefix(p) for p in PREFIXES if key.startswith(p)), ""):
+                flags[name] = value
+        for key, value, note in translate_flags(flags, world_size=ranks):
+            _tell(say, note)
+            if key:
+                _set(tree, known, key, value, say)
+        for key, value in parsed:
+            if not key.startswith(PREFIXES):
+                _set(tree, known, key, value, say)
         return cast(T, OmegaConf.to_object(tree))
     except VerlSftError:
         raise
@@ -78,9 +89,11 @@ def config_keys(schema: type, prefix: str = "") -> Iterator[tuple[str, type | No
             yield from config_keys(cast(type, section), f"{key}.")
 
 
-def _parse(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+def _parse(words: Sequence[str], *, defaults: Any) -> Iterator[tuple[str, Any]]:
+    """Key and value of each word; `~key` gives a key its default back."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
+    from omegaconf import OmegaConf
 
     parser = OverridesParser.create()
     for word in words:
@@ -96,7 +109,11 @@ def _parse(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
                 f"cannot read '{word}': {str(error).splitlines()[0]}",
                 fix="Quote values that hold spaces, commas or brackets: \"key='a, b'\"",
             ) from error
-        yield override.key_or_group, None if override.is_delete() else override.value()
+        key = override.key_or_group
+        if override.is_delete():
+            yield key, OmegaConf.select(defaults, key)
+        else:
+            yield key, override.value()
 
 
 def _quoted(word: str) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.errors import InputError
+from verl_sft.records.remote import fetch
 
 
 def resolve_files(spec: Any, *, split: str) -> list[Path]:
@@ -15,7 +16,7 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
 
     Args:
         spec: a file, an sft_data directory (its `<split>.parquet`, or shards
-            `<split>-*.parquet`), a glob, or a list of these.
+            `<split>-*.parquet`), a glob, a URL that fsspec knows, or a list of these.
         split: "train" or "val".
 
     Raises:
@@ -23,6 +24,8 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
     """
     if not isinstance(spec, str | Path):
         return [path for part in spec for path in resolve_files(part, split=split)]
+    if "://" in str(spec):
+        return fetch(str(spec), split=split)
     path = Path(spec).expanduser()
     key = f"data.{split}_files"
     if path.is_dir():
