@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 
-NAMES = ("start", "games", "collect", "masks", "data", "cache", "train")
+NAMES = ("start", "games", "collect", "masks", "data", "cache", "plan", "train")
 
 
 def main(words: list[str]) -> int:

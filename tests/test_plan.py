@@ -112,6 +112,28 @@ def test_ranks_cost_the_same() -> None:
     assert table.sum() / (8 * table.max(axis=0).sum()) >= 0.95
 
 
+def rounds_efficiency(sizes: np.ndarray, *, ranks: int, budget: int) -> float:
+    """Share of the time that ranks work on one global batch of all samples."""
+    step = validation_plan(sizes, token_budget=budget, dp_size=ranks)
+    costs = sizes + plan.QUADRATIC_COST * sizes.astype(float) ** 2
+    table = np.array(
+        [[sum(costs[i] for row in m for i in row) for m in micros] for micros in step.ranks]
+    )
+    return float(table.sum() / (ranks * table.max(axis=0).sum()))
+
+
+def test_balance_at_many_ranks() -> None:
+    """64 samples per rank: 0.99 at 8 and 512 ranks where the budget is 4 times the longest."""
+    rng = np.random.default_rng(0)
+    for ranks in (8, 512):
+        tail = rng.lognormal(6.5, 1.0, 64 * ranks).astype(int).clip(20, 16_384)
+        assert rounds_efficiency(tail, ranks=ranks, budget=65_536) >= 0.99
+        games = rng.normal(1300, 400, 64 * ranks).astype(int).clip(300, 4096)
+        assert rounds_efficiency(games, ranks=ranks, budget=16_384) >= 0.99
+        dealt = (tail + plan.QUADRATIC_COST * tail**2.0).reshape(ranks, 64).sum(axis=1)
+        assert dealt.mean() / dealt.max() < 0.9  # negative control: equal counts are not balance
+
+
 def test_a_sample_above_the_budget_is_named() -> None:
     """The error says which sample is too long."""
     with pytest.raises(InputError, match="sample 2"):

@@ -22,6 +22,8 @@ Lengths = npt.NDArray[np.int64]
 # Attention work of one token pair over the other work of one token: about 1 / (12 * hidden size).
 QUADRATIC_COST = 1 / 16384
 
+_WORTH_A_ROUND = 0.98  # of the time: gathering parameters once more is not free
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -172,9 +174,7 @@ def _plan_step(
                 samples, lengths=lengths, shared=shared, budget=budget, dp_size=dp_size
             )
             sizes, costs = _joined_sizes(documents, lengths, shared, quadratic)
-        bins = pack(sizes, budget=budget)
-        slots = -(-len(bins) // dp_size) * dp_size
-        bins = _spread(sizes.tolist(), costs=costs.tolist(), slots=slots, budget=budget) or bins
+        bins = _even(sizes, costs=costs, dp_size=dp_size, budget=budget)
         micros: list[MicroBatch] = [
             (tuple(i for m in members for i in documents[m]),) if members else ()
             for members in bins
@@ -213,6 +213,34 @@ def _joined_sizes(
     sizes = np.array([lengths[list(run)].sum() - shared[list(run[1:])].sum() for run in runs])
     pairs = [(lengths[list(run)] ** 2).sum() - (shared[list(run[1:])] ** 2).sum() for run in runs]
     return sizes, sizes + quadratic * np.array(pairs)
+
+
+def _even(
+    sizes: Lengths, *, costs: npt.NDArray[np.float64], dp_size: int, budget: int
+) -> list[list[int]]:
+    """Bins of even cost in as few rounds as can be; one more where that is much faster."""
+    tokens, work = sizes.tolist(), costs.tolist()
+    least = -(-int(sizes.sum()) // (budget * dp_size)) * dp_size
+    even = _spread(tokens, costs=work, slots=least, budget=budget)
+    if even is not None:
+        return even
+    full = pack(sizes, budget=budget)
+    slots = -(-len(full) // dp_size) * dp_size
+    if slots > least:
+        even = _spread(tokens, costs=work, slots=slots, budget=budget)
+    if even is not None:
+        return even
+    even = _spread(tokens, costs=work, slots=slots + dp_size, budget=budget)
+    if even is None:
+        return full
+    slower = _WORTH_A_ROUND * _time(full, costs=costs, dp_size=dp_size)
+    return even if _time(even, costs=costs, dp_size=dp_size) < slower else full
+
+
+def _time(bins: Sequence[list[int]], *, costs: npt.NDArray[np.float64], dp_size: int) -> float:
+    """How long rounds of `dp_size` bins take, each as long as its costliest bin."""
+    work = sorted((float(costs[members].sum()) for members in bins), reverse=True)
+    return sum(work[::dp_size])
 
 
 def _spread(
