@@ -56,11 +56,14 @@ class Message:
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> Message:
         """The inverse of `to_json`; keys that are not message fields are ignored."""
-        known = {f.name: row[f.name] for f in fields(cls) if row.get(f.name) is not None}
+        known = {name: row[name] for name in _MESSAGE_FIELDS if row.get(name) is not None}
         for key in ("content", "tool_calls"):
             if isinstance(known.get(key), list):
                 known[key] = tuple(known[key])
         return cls(**known)
+
+
+_MESSAGE_FIELDS = tuple(f.name for f in fields(Message))
 
 
 @dataclass(frozen=True, slots=True)

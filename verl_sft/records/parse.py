@@ -16,6 +16,7 @@ from verl_sft.records.schema import SFTRecord
 from verl_sft.types import JSON, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_LEAVES = frozenset({str, int, float, bool, type(None)})
 WEIGHT_ALIASES = ("loss_mask", "loss", "weight", "loss_weight", "trainable", "train")
 
 
@@ -297,6 +298,8 @@ def _json(text: str, field: str) -> Any:
 
 def plain(value: Any) -> Any:
     """Numpy values as Python ones, tuples as lists."""
+    if type(value) in _LEAVES:  # nearly all values
+        return value
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):
@@ -308,6 +311,8 @@ def plain(value: Any) -> Any:
 
 def without_nulls(value: Any) -> Any:
     """As `plain`, and without the nulls of structs: Arrow invents them for other rows' keys."""
+    if type(value) in _LEAVES:
+        return value
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, Mapping):

@@ -93,7 +93,7 @@ def load_json(text: Any) -> Any:
     if not isinstance(text, str):
         raise ValueError(f"expected JSON text, found {type(text).__name__}")
     try:
-        return json.loads(text, parse_constant=_no_constant)
+        return _DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -105,6 +105,9 @@ def float32(value: float) -> float:
 
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # made once: `loads` makes one per call
 
 
 def _text_struct(value: str | None) -> JSON | None:

@@ -1,0 +1,61 @@
+"""Reading and validating rows: rate on one core, peak memory from 10,000 to 1,000,000 rows.
+
+Goals: 20,000 rows per second and core for plain messages rows, memory that does not grow.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.cache import rows
+from benchmarks.report import row
+from verl_sft.records.convert import ConvertReport, write_file
+from verl_sft.records.io import write_parquet
+from verl_sft.records.read import find_format, read_records
+
+SIZES = (10_000, 100_000, 1_000_000)
+
+
+def main() -> None:
+    """Each size and kind of file in a process of its own."""
+    for size in SIZES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_parquet(Path(folder) / "own.parquet", rows(size))
+            with (Path(folder) / "messages.jsonl").open("w") as stream:
+                for record in rows(size):
+                    messages = [m.to_json() for m in record.messages]
+                    stream.write(json.dumps({"messages": messages}) + "\n")
+            write_file(
+                Path(folder) / "sharegpt.json",
+                rows(size),
+                target=find_format("sharegpt"),
+                report=ConvertReport(),
+                reject=print,
+            )
+            for path in sorted(Path(folder).iterdir()):
+                command = [sys.executable, "-m", "benchmarks.records", str(path)]
+                done = subprocess.run(command, capture_output=True, text=True, check=True)
+                rate, peak = map(float, done.stdout.split())
+                note = f"peak {peak:.0f} MiB; file of {path.stat().st_size >> 20} MiB"
+                row(f"reading {path.name}, {size:,} rows", f"{rate:,.0f} rows/s", note)
+
+
+def read(path: Path) -> None:
+    """Read one file to its end; print rows per second of processor time and the peak in MiB."""
+    started = time.process_time()
+    count = sum(1 for _ in read_records(path))
+    took = time.process_time() - started
+    print(count / took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        read(Path(sys.argv[1]))
+    else:
+        main()
