@@ -25,6 +25,7 @@ from verl_sft.model import tree_attention as attention_module
 from verl_sft.model.build import build_model
 from verl_sft.model.tree_attention import (
     Tree,
+    depths,
     find_branches,
     probe_trees,
     register_tree_attention,
@@ -74,7 +75,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_docstring_examples_hold() -> None:
     """The worked examples are what the functions return."""
     for module in (tree_module, attention_module):
-        result = doctest.testmod(module, extraglobs={"np": np})
+        result = doctest.testmod(module, extraglobs={"np": np, "torch": torch})
         assert result.attempted and not result.failed
 
 
@@ -82,11 +83,11 @@ def test_the_documented_tree() -> None:
     """Two samples that part behind a learned token, and that token once more."""
     trees = build_trees(make([[(i, 1) for i in row] for row in ([1, 2, 3, 9], [1, 2, 4, 5, 9])]),
                         min_shared=1)  # fmt: skip
-    assert trees.input_ids.tolist() == [1, 2, 3, 2, 4, 5]
-    assert trees.target_ids.tolist() == [2, 3, 9, 4, 5, 9]
+    assert trees.input_ids.tolist() == [1, 2, 4, 5, 2, 3]
+    assert trees.target_ids.tolist() == [2, 4, 5, 9, 3, 9]
     assert trees.weights.tolist() == [2, 1, 1, 1, 1, 1]
-    assert trees.positions.tolist() == [0, 1, 2, 1, 2, 3]
-    assert trees.subtree_end.tolist() == [6, 3, 3, 6, 6, 6]
+    assert trees.positions.tolist() == [0, 1, 2, 3, 1, 2]
+    assert trees.subtree_end.tolist() == [6, 4, 4, 4, 6, 6]
 
 
 @settings(max_examples=300, deadline=None)
@@ -174,7 +175,7 @@ def test_attention_along_the_tree(
     made = tuple(torch.randn(1, n, len(ends), 8, requires_grad=True) for n in (4, heads, heads))
     q, k, v = (x.to(dtype) for x in made)
     out, _ = tree_attention(
-        torch.nn.Identity(), q, k, v, None, sliding_window=window, tree=Tree(ends, positions)
+        torch.nn.Identity(), q, k, v, None, sliding_window=window, tree=Tree(ends)
     )
     mask = dense(ends)
     if window:
@@ -204,7 +205,7 @@ def test_the_block_mask_of_the_gpu(window: int | None) -> None:
     padded = torch.zeros(count * block, count * block, dtype=torch.bool)
     padded[: len(ends), : len(ends)] = mask
     blocks = padded.view(count, block, count, block).transpose(1, 2).flatten(2)
-    found = Tree(ends, positions).block_mask(window)
+    found = Tree(ends).block_mask(window)
     assert torch.equal(found.to_dense()[0, 0].bool(), blocks.any(-1))
     whole = int(blocks.all(-1).sum()) if window is None else 0
     assert int(found.full_kv_num_blocks.sum()) == whole
@@ -224,6 +225,7 @@ def test_packed_trees_do_not_see_each_other() -> None:
     visible = dense(ends)
     assert not visible[documents[:, None] != documents[None]].any()
     assert sum(find_branches(ends.numpy()).rows) == len(ends)
+    assert torch.equal(depths(ends), batch.position_ids.reshape(-1))
 
 
 def test_the_probe_accepts_attention_and_refuses_the_rest(

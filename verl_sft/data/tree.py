@@ -64,11 +64,11 @@ def build_trees(samples: Sequence[TokenizedSample], *, min_shared: int = MIN_SHA
 
     Example (the second `b` is there because both `c` and `d` are learned):
         samples       a b c<end>   a b d e<end>      all tokens learned, min_shared=1
-        input_ids     a b c b d e
-        target_ids    b c . d e .
+        input_ids     a b d e b c
+        target_ids    b d e . c .
         weights       2 1 1 1 1 1
-        positions     0 1 2 1 2 3
-        subtree_end   6 3 3 6 6 6
+        positions     0 1 2 3 1 2
+        subtree_end   6 4 4 4 6 6
     """
     order = _depth_first(samples)
     room = sum(map(len, order))

@@ -67,15 +67,9 @@ def find_branches(subtree_end: np.ndarray[Any, np.dtype[np.int64]]) -> Branches:
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """What `tree_attention` needs to know about one batch; its parts are made once, when asked for.
-
-    Attributes:
-        subtree_end: int64 [T].
-        positions: int64 [T].
-    """
+    """`subtree_end` (int64 [T]) of a batch, and what attention makes of it, once for all layers."""
 
     subtree_end: Tensor
-    positions: Tensor
     _masks: dict[int | None, Any] = field(default_factory=dict)
 
     @cached_property
@@ -86,20 +80,13 @@ class Tree:
     def block_mask(self, window: int | None) -> Any:
         """For flex_attention, with keys at most `window` positions back."""
         if window not in self._masks:
-            self._masks[window] = _block_mask(self.subtree_end, self.positions, window)
+            self._masks[window] = _block_mask(self.subtree_end, window)
         return self._masks[window]
 
 
-def tree_kwargs(subtree_end: Tensor | None, *, positions: Tensor) -> dict[str, Any]:
-    """Keyword argument that takes a batch's trees to `tree_attention`; none if there are no trees.
-
-    Args:
-        subtree_end: int64 [B, T] of the batch.
-        positions: int64, as many.
-    """
-    if subtree_end is None:
-        return {}
-    return {"tree": Tree(subtree_end.reshape(-1), positions.reshape(-1))}
+def tree_kwargs(subtree_end: Tensor | None) -> dict[str, Any]:
+    """What takes `PackedBatch.subtree_end` (int64 [B, T]) to `tree_attention`, if there is one."""
+    return {} if subtree_end is None else {"tree": Tree(subtree_end.reshape(-1))}
 
 
 def register_tree_attention() -> str:
@@ -246,13 +233,27 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _block_mask(subtree_end: Tensor, positions: Tensor, window: int | None) -> Any:
+def depths(subtree_end: Tensor) -> Tensor:
+    """Position of each row in its samples: the rows before it, less those that have ended.
+
+    Example:
+        >>> depths(torch.tensor([5, 5, 3, 5, 5])).tolist()
+        [0, 1, 2, 2, 3]
+    """
+    total = len(subtree_end)
+    ended = torch.bincount(subtree_end, minlength=total + 1)[:total].cumsum(0)
+    return torch.arange(total, device=subtree_end.device) - ended
+
+
+def _block_mask(subtree_end: Tensor, window: int | None) -> Any:
     """Which blocks of keys each block of queries sees, wholly or in part.
 
     Made from the ends alone: transforming the mask function, as `create_block_mask` does, forms
     all T * T pairs.
     """
     from torch.nn.attention.flex_attention import BlockMask
+
+    positions = depths(subtree_end)
 
     def visible(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         seen = (k <= q) & (q < subtree_end[k])
