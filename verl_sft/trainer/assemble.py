@@ -14,9 +14,14 @@ from verl_sft.distributed.sharding import compute_dtype, reshard, shard
 from verl_sft.errors import UsageError
 from verl_sft.model.attention import pick_attention
 from verl_sft.model.build import DTYPES, build_model, decoder_layers, probe_packing
-from verl_sft.trainer.inputs import Inputs
+from verl_sft.model.tree_attention import register_tree_attention
+from verl_sft.model.ulysses import check_heads, probe_slices, register_ulysses
+from verl_sft.trainer.inputs import Inputs, make_plan
 from verl_sft.trainer.optim import make_optimizer
+from verl_sft.trainer.self_checks import require, self_checks
 from verl_sft.trainer.sft_trainer import SFTTrainer
+from verl_sft.trainer.sharing import prove_sharing, without_sharing
+from verl_sft.trainer.weights import check_start, fill, wants_meta
 
 
 def assemble(
@@ -33,16 +38,24 @@ def assemble(
     half = dtype is torch.bfloat16
     if config.engine.model_dtype == "bf16" and world.is_main:
         print("engine.model_dtype=bf16: small updates are lost to rounding; fp32 is the default")
+    plan = inputs.plan
     with together(world):
         attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
+        if plan.share:
+            attention = register_tree_attention()
+        if world.sp_group is not None:
+            attention = register_ulysses(attention, group=world.sp_group)
         built = build_model(
             config.model,
             dtype=DTYPES[config.engine.model_dtype],
             attention=attention,
             seed=config.trainer.seed,
+            on_meta=wants_meta(config.engine.meta_start, world=world),
         )
+        check_start(built, meta_start=config.engine.meta_start)
         vocabulary = int(built.causal.config.vocab_size)
         check_fit(inputs, model_config=built.causal.config, num_tokens=len(tokenizer))
+        check_heads(built.causal.config, parts=world.sp_size)
     model = shard(
         built.loss_model,
         layers=decoder_layers(built.causal),
@@ -51,22 +64,44 @@ def assemble(
         reshard_after_forward=config.engine.reshard_after_forward,
         offload=config.engine.offload,
     )
+    fill(built.slots, world=world, offload=config.engine.offload)
     apart = probe_packing(model, device=world.device, half=half, vocab_size=vocabulary)
-    reshard(model)
-    if world.is_main:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in model.parameters())
-        print(
-            f"{total:,} parameters, {trained:,} trained; compute {str(dtype)[6:]}, attention "
-            f"{attention}; packed equals alone within {apart:.1e}",
-            flush=True,
+    if world.sp_group is not None:
+        probe_slices(
+            model, group=world.sp_group, device=world.device, half=half, vocab_size=vocabulary
         )
+    if plan.share:
+        proven, line = prove_sharing(
+            config, model=model, device=world.device, half=half, vocab_size=vocabulary
+        )
+        if not proven:
+            plan = make_plan(
+                without_sharing(config), train=inputs.train, val=inputs.val, world=world
+            )
+        if world.is_main:
+            print(line, flush=True)
+    reshard(model)
+    optimizer = make_optimizer(model, config=config.optim, shard_size=world.shard_size)
+    checks = self_checks(
+        config,
+        world=world,
+        model=model,
+        optimizer=optimizer,
+        report=getattr(inputs.train, "report", None),
+        attention=attention,
+        dtype=dtype,
+        apart=apart,
+    )
+    if world.is_main:
+        print("\n".join(map(str, checks)), flush=True)
+    with together(world):
+        require(checks)
     trainer = SFTTrainer(
         config,
         world=world,
         model=model,
-        optimizer=make_optimizer(model, config=config.optim),
-        plan=inputs.plan,
+        optimizer=optimizer,
+        plan=plan,
         train_data=inputs.train,
         val_data=inputs.val,
         pad_id=int(tokenizer.pad_token_id or 0),

@@ -1,0 +1,212 @@
+"""What a run proves about itself before its first step, printed as a list.
+
+A check that fails ends the run with its name: training on would cost hours and mean something else
+than was asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl_sft.config.train import TrainConfig
+from verl_sft.data.collate import collate
+from verl_sft.data.sample import TokenizedSample, make_sample
+from verl_sft.data.slice import slice_batch
+from verl_sft.data.store import LoadReport
+from verl_sft.distributed.reduce import sum_over_ranks
+from verl_sft.distributed.setup import World
+from verl_sft.distributed.sharding import reshard
+from verl_sft.errors import UsageError
+from verl_sft.model.build import DTYPES, decoder_layers
+from verl_sft.model.lora import wants_lora
+
+_INPUTS = ("input_ids", "target_ids", "weights", "position_ids", "cu_seqlens")
+_ADAPTER_MARK = "lora_"
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the list; `fix` is there where `passed` is not."""
+
+    name: str
+    passed: bool
+    told: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"[{'ok' if self.passed else 'FAILED'}] {self.name}: {self.told}"
+
+
+def self_checks(
+    config: TrainConfig,
+    *,
+    world: World,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    report: LoadReport | None,
+    attention: str,
+    dtype: torch.dtype,
+    apart: float,
+) -> list[Check]:
+    """All checks, in the order in which they are printed; every rank must call.
+
+    Args:
+        config: of the run.
+        world: the ranks.
+        model: the sharded `LossModel`.
+        optimizer: over its parameters.
+        report: of the training split; None where nothing is known of its turns.
+        attention: the name in transformers' table.
+        dtype: of compute, as it was asked for.
+        apart: what `probe_packing` measured.
+    """
+    together, alone, seen = _both_ways(model, world=world)
+    checks = [check_isolation(apart, attention=attention)]
+    if report is not None:
+        checks.append(check_stop_tokens(report))
+    return [
+        *checks,
+        check_precision(config, model=model, wanted=dtype, seen=seen),
+        check_trained(config, model=model, optimizer=optimizer),
+        check_accumulation(together, alone=alone, half=dtype is not torch.float32),
+    ]
+
+
+def require(checks: Sequence[Check]) -> None:
+    """Raise for the first check that did not pass.
+
+    Raises:
+        UsageError: naming the check.
+    """
+    for check in checks:
+        if not check.passed:
+            raise UsageError(
+                f"a check before the first step failed: {check.name}: {check.told}", fix=check.fix
+            )
+
+
+def check_isolation(apart: float, *, attention: str) -> Check:
+    """Whether packed documents see only themselves; the probe itself refuses what does not."""
+    told = f"packed logits equal each document's alone within {apart:.1e} (attention {attention})"
+    return Check("packing isolation", True, told)
+
+
+def check_stop_tokens(report: LoadReport) -> Check:
+    """Whether the model is told where its turns end."""
+    learned = report.turns - report.lost_stops - report.without_stop
+    told = f"in {learned:,} of {report.turns:,} turns"
+    if report.without_stop:
+        told += f"; the template prints none in {report.without_stop:,}"
+    return Check(
+        "stop token learned",
+        learned > 0 or report.lost_stops == 0,
+        told,
+        "Every turn was cut before its end: raise data.max_length or use "
+        "data.truncation=oldest_turns",
+    )
+
+
+def check_precision(
+    config: TrainConfig, *, model: Any, wanted: torch.dtype, seen: torch.dtype
+) -> Check:
+    """Whether trained parameters and layers have the precision that was configured."""
+    at_rest = DTYPES[config.engine.model_dtype]
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    told = (
+        f"trained parameters and optimizer {_names(trained)}, layers compute in {_names({seen})}, "
+        f"float32 products {torch.get_float32_matmul_precision()}"
+    )
+    return Check(
+        "precision",
+        trained <= {at_rest} and seen is wanted,
+        told,
+        f"Configured are {_names({at_rest})} and {_names({wanted})}; set engine.model_dtype and "
+        "engine.dtype to what the model can do",
+    )
+
+
+def check_trained(config: TrainConfig, *, model: Any, optimizer: torch.optim.Optimizer) -> Check:
+    """Whether what learns is what was asked for, and the optimizer has each of it once."""
+    total = trained = 0
+    names, frozen = [], 0
+    for name, parameter in model.named_parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            names.append(name)
+        else:
+            frozen += 1
+    held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    same = sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    lora = wants_lora(config.model)
+    odd = [n for n in names if _ADAPTER_MARK not in n] if lora else []
+    told = f"{trained:,} of {total:,} ({trained / max(total, 1):.2%})"
+    told += ", the base is frozen" if lora and not odd else ""
+    if odd:
+        told += f"; not of an adapter: {odd[0]}"
+    if not same:
+        told += "; the optimizer holds others"
+    whole = bool(names) and not odd if lora else bool(names) and not frozen
+    return Check(
+        "trained parameters",
+        whole and same,
+        told,
+        "Check model.lora_rank and model.target_modules",
+    )
+
+
+def check_accumulation(together: float, *, alone: float, half: bool) -> Check:
+    """Whether two micro-batches add up to what one with both samples gives."""
+    apart = abs(together - alone) / max(abs(alone), 1e-12)
+    return Check(
+        "gradient accumulation",
+        apart < (0.02 if half else 1e-5),
+        f"two micro-batches add up to one within {apart:.1e}",
+        "This model's loss depends on what shares a micro-batch; use another "
+        "model.attn_implementation",
+    )
+
+
+def _names(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
+
+
+def _both_ways(model: Any, *, world: World) -> tuple[float, float, torch.dtype]:
+    """Loss sums of two documents in one micro-batch and in two, and the dtype inside."""
+    vocabulary = int(model.causal.config.get_text_config().vocab_size)
+    seen: list[torch.dtype] = []
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output).dtype)
+
+    samples = [_document(length, vocabulary) for length in (11, 6)]
+    training = model.training
+    handle = decoder_layers(model.causal)[-1].register_forward_hook(look)
+    model.eval()
+    try:
+        with torch.no_grad():
+            sums = [_loss(model, part, world=world) for part in (samples, samples[:1], samples[1:])]
+    finally:
+        handle.remove()
+        model.train(training)
+        reshard(model)
+    together, *apart = sum_over_ranks(sums, world=world)
+    return together / world.dp_size, sum(apart) / world.dp_size, seen[0]
+
+
+def _loss(model: Any, samples: Sequence[TokenizedSample], *, world: World) -> float:
+    batch = slice_batch(collate([samples], pad_id=0), part=world.sp_rank, parts=world.sp_size)
+    tensors = {name: getattr(batch, name).to(world.device) for name in _INPUTS}
+    return float(model(**tensors, max_seqlen=batch.max_seqlen, parts=batch.parts))
+
+
+def _document(length: int, vocabulary: int) -> TokenizedSample:
+    ids = [(place * 2654435761 + length) % vocabulary for place in range(length + 1)]
+    weights = np.ones(length + 1, dtype=np.float32)
+    weights[: length // 3] = 0
+    return make_sample(ids, weights=weights, record_id="check")
