@@ -61,7 +61,7 @@ def register_attention() -> None:
     AttentionInterface.register(VARLEN, varlen_attention)
 
 
-def document_kwargs(cu_seqlens: Tensor, *, max_seqlen: int) -> dict[str, Any]:
+def document_kwargs(cu_seqlens: Tensor, *, max_seqlen: int, parts: int = 1) -> dict[str, Any]:
     """Keyword arguments that tell every attention function where documents begin and end.
 
     The `cu_seq_lens_*` names are those that transformers' own flash attention reads.
@@ -75,6 +75,7 @@ def document_kwargs(cu_seqlens: Tensor, *, max_seqlen: int) -> dict[str, Any]:
         "max_length_q": max_seqlen,
         "max_length_k": max_seqlen,
         "document_lengths": lengths,
+        "sequence_parts": parts,
     }
 
 
@@ -104,7 +105,7 @@ def split_attention(
     out = []
     for q, k, v in parts:
         if q.device.type == "cpu" and q.dtype is torch.bfloat16 and not (dropout or sliding_window):
-            out.append(_blocked(q[0], k[0], v[0], scale=scaling or q.shape[-1] ** -0.5))
+            out.append(blocked_attention(q[0], k[0], v[0], scale=scaling or q.shape[-1] ** -0.5))
             continue
         window = None
         if sliding_window is not None and q.shape[2] > sliding_window:
@@ -160,19 +161,22 @@ def varlen_attention(
     return out.unsqueeze(0), None
 
 
-def _blocked(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
-    """Causal attention of one document, [H, T, D] -> [1, T, H, D], block of queries by block.
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float) -> Tensor:
+    """Causal attention of the last T of N rows, [H, T, D] to [K, N, D], block of queries by block.
 
-    torch's fused CPU kernel does not use the bf16 instructions: 1.6x to 2.3x slower than this.
+    Returns [1, T, H, D]. torch's fused CPU kernel does not use the bf16 instructions: 1.6x to 2.3x
+    slower than this.
     """
     heads, length, width = query.shape
+    earlier = key.shape[1] - length
     shared = key.shape[0]  # heads that share one key head are one taller matrix
     grouped = query.view(shared, heads // shared, length, width)
     keys, out = key.transpose(1, 2), []
     for start in range(0, length, _QUERY_BLOCK):
         block = grouped[:, :, start : start + _QUERY_BLOCK]
-        rows, stop = block.shape[2], start + block.shape[2]
-        hidden = torch.full((rows, stop), float("-inf"), dtype=query.dtype).triu_(start + 1)
+        rows = block.shape[2]
+        own, stop = earlier + start, earlier + start + rows
+        hidden = torch.full((rows, stop), float("-inf"), dtype=query.dtype).triu_(own + 1)
         scores = torch.baddbmm(
             hidden.repeat(heads // shared, 1).expand(shared, -1, -1),
             block.reshape(shared, -1, width),
