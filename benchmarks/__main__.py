@@ -10,7 +10,18 @@ import os
 import subprocess
 import sys
 
-NAMES = ("start", "games", "collect", "masks", "data", "cache", "plan", "train")
+NAMES = (
+    "start",
+    "games",
+    "collect",
+    "masks",
+    "data",
+    "cache",
+    "records",
+    "plan",
+    "train",
+    "parallel",
+)
 
 
 def main(words: list[str]) -> int:

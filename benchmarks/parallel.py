@@ -1,0 +1,171 @@
+"""Peak memory of one rank: weights while loading, activations of one long document.
+
+Every rank is a process of its own; what is counted is how far its resident memory rises.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import row
+
+TOKENS = 16384
+
+
+def main() -> None:
+    """Compare two ranks that share the work with ranks that do not."""
+    with tempfile.TemporaryDirectory() as folder:
+        million, path = write_model(Path(folder))
+        for on_meta in (False, True):
+            peak = max(run(folder, 2, load, path, on_meta))
+            how = "each reads its rows" if on_meta else "each reads the whole"
+            row(f"loading {million}M parameters, 2 ranks, {how}", f"{peak} MiB", "most of a rank")
+        for size in (1, 2, 4):
+            peak = max(run(folder, size, step, size))
+            row(f"one document of {TOKENS} tokens, {size} rank(s)", f"{peak} MiB", "most of a rank")
+
+
+def write_model(folder: Path) -> tuple[int, str]:
+    """A random model folder; returns its million parameters and its path."""
+    path = folder / "model"
+    model = tiny("base", vocabulary=32000)
+    model.save_pretrained(path)
+    (path / "tokenizer.json").write_text("{}")  # a folder without one is no model
+    return round(sum(p.numel() for p in model.parameters()) / 1e6), str(path)
+
+
+def tiny(size: str, *, vocabulary: int) -> Any:
+    """A random Qwen2 model of one of the sizes of `verl-sft make-model`."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from verl_sft.model.tiny import SIZES
+
+    hidden, inner, layers, heads, shared = SIZES[size]
+    torch.manual_seed(0)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=shared,
+            max_position_embeddings=TOKENS,
+            tie_word_embeddings=True,
+        )
+    )
+
+
+def load(world: Any, path: str, on_meta: bool) -> int:
+    """Build and shard the model; MiB by which memory rose at most."""
+    import torch
+
+    from verl_sft.config.train import ModelConfig
+    from verl_sft.distributed.sharding import shard
+    from verl_sft.model.build import build_model, decoder_layers
+    from verl_sft.trainer.weights import fill
+
+    start = begin()
+    config = ModelConfig(partial_pretrain=path)
+    built = build_model(config, dtype=torch.float32, attention="sdpa", seed=0, on_meta=on_meta)
+    layers = decoder_layers(built.causal)
+    shard(built.loss_model, layers=layers, world=world, dtype=torch.float32)
+    fill(built.slots, world=world, offload=False)
+    return peak() - start
+
+
+def step(world: Any, parts: int) -> int:
+    """Forward and backward of one document; MiB by which memory rose at most."""
+    import numpy as np
+    import torch
+
+    from verl_sft.data.collate import collate
+    from verl_sft.data.sample import make_sample
+    from verl_sft.data.slice import slice_batch
+    from verl_sft.distributed.setup import arrange
+    from verl_sft.distributed.sharding import shard
+    from verl_sft.model.attention import pick_attention
+    from verl_sft.model.build import decoder_layers
+    from verl_sft.model.loss import LossModel
+    from verl_sft.model.ulysses import register_ulysses
+
+    world = arrange(world, sp_size=parts, fsdp_size=-1)
+    causal = tiny("tiny", vocabulary=2048)
+    attention = pick_attention("split", device=world.device, half=False)
+    if world.sp_group is not None:
+        attention = register_ulysses(attention, group=world.sp_group)
+    causal.set_attn_implementation(attention)
+    layers = decoder_layers(causal)
+    model = shard(LossModel(causal), layers=layers, world=world, dtype=torch.float32)
+    ids = np.arange(TOKENS + 1) % 2000
+    sample = make_sample(ids, weights=np.ones(TOKENS + 1), record_id="x")
+    batch = slice_batch(collate([[sample]], pad_id=0), part=world.sp_rank, parts=parts)
+    start = begin()
+    model(
+        batch.input_ids,
+        batch.position_ids,
+        batch.cu_seqlens,
+        batch.max_seqlen,
+        target_ids=batch.target_ids,
+        weights=batch.weights,
+        parts=parts,
+    ).backward()
+    return peak() - start
+
+
+def run(folder: str, size: int, job: Any, *arguments: Any) -> list[int]:
+    """What `job` returns on each of `size` fresh ranks."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    store = tempfile.mktemp(dir=folder)
+    ranks = [
+        context.Process(target=_rank, args=(rank, size, store, results, job, arguments))
+        for rank in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    found = [results.get() for _ in ranks]
+    for process in ranks:
+        process.join()
+    failed = [f for f in found if isinstance(f, str)]
+    if failed:
+        raise RuntimeError(failed[0])
+    return found
+
+
+def _rank(rank: int, size: int, store: str, results: Any, job: Any, arguments: Any) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    import torch.distributed as dist
+
+    from verl_sft.distributed.setup import setup_world
+
+    try:
+        results.put(job(setup_world("cpu", store=dist.FileStore(store, size)), *arguments))
+    except Exception as error:
+        results.put(f"rank {rank}: {error!r}")
+    results.close()
+    results.join_thread()
+    os._exit(0)
+
+
+def begin() -> int:
+    """Forget the peak so far; resident MiB now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak()
+
+
+def peak() -> int:
+    """The most resident memory since `begin`, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) // 1024
+
+
+if __name__ == "__main__":
+    main()
