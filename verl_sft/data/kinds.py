@@ -55,24 +55,26 @@ def turn_labels(
         number: of the assistant turn, from 0.
     """
     kinds = np.full(stop - first, _KIND["content"], dtype=np.uint8)
-    starts = encoding.starts[first:stop]
-
-    def mark(begin: int, end: int, kind: str) -> None:
-        low, high = np.searchsorted(starts, (begin, end))
-        kinds[low:high] = _KIND[kind]
-
+    places: list[int] = []  # begin and end of each part, in characters
+    names: list[str] = []
     for found in _TAGGED.finditer(turn.text, turn.start, turn.end):
         tag = found[1].lower()
-        mark(found.start(), found.end(), _TAG_KINDS.get(tag, tag))
+        names.append(_TAG_KINDS.get(tag, tag))
+        places += found.span()
     # Thoughts and calls are also found where they have fields and marks of their own; where they
     # are not, no row is refused for it: nothing that is trained depends on kinds.
     with contextlib.suppress(Refused):
         parts = part_ranges(turn, row=row)
         for name, kind in (("reasoning", "thought"), ("tool_call", "tool_call")):
-            for begin, end in parts[name]:
-                mark(begin, end, kind)
+            for span in parts[name]:
+                names.append(kind)
+                places += span
     if turn.stop_start is not None:
-        mark(turn.stop_start, turn.newline_end + 1, "stop")
+        names.append("stop")
+        places += (turn.stop_start, turn.newline_end + 1)
+    tokens = np.searchsorted(encoding.starts[first:stop], places).tolist()
+    for kind, low, high in zip(names, tokens[::2], tokens[1::2], strict=True):
+        kinds[low:high] = _KIND[kind]
     return kinds + np.uint8(TURN * min(number, LAST_TURN))
 
 
