@@ -48,6 +48,9 @@ def slice_batch(batch: PackedBatch, *, part: int, parts: int) -> PackedBatch:
         "max_seqlen": longest,
         "parts": parts,
     }
+    if batch.subtree_end is not None:
+        ends = batch.subtree_end.reshape(-1)
+        changed["subtree_end"] = torch.cat((ends, ends.new_full((missing,), total + missing)))
     return replace(batch, **changed)
 
 

@@ -22,8 +22,8 @@ def obstacle(config: TrainConfig) -> str:
     """Why no prefixes can be shared under these settings; empty if they can."""
     if not config.use_remove_padding:
         return "use_remove_padding=false gives every sample a row of its own"
-    if config.ulysses_sequence_parallel_size != 1:
-        return "a tree is not split over ranks, as ulysses_sequence_parallel_size asks"
+    if config.engine.use_torch_compile:
+        return "engine.use_torch_compile=true would compile anew for every tree"
     if config.model.attn_implementation not in _KERNELS:
         return f"model.attn_implementation={config.model.attn_implementation} knows no trees"
     return ""
