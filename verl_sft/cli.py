@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("verl_sft.commands.inspect", "show what a run would train on, token by token"),
     "plan": ("verl_sft.commands.plan", "steps, fill, balance and memory of a run, before it"),
     "train": ("verl_sft.commands.train", "fine-tune a model on rows"),
+    "export": ("verl_sft.commands.export", "a checkpoint as a Hugging Face folder"),
     "evaluate": ("verl_sft.commands.evaluate", "measure success in an environment"),
     "quickstart": ("verl_sft.commands.quickstart", "all of it on this machine, in minutes"),
 }

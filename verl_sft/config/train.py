@@ -103,13 +103,26 @@ class ModelConfig:
     lora_dropout: float = 0.0
     target_modules: Any = "all-linear"
     lora_adapter_path: str | None = None
+    lora_init: str = "default"  # default | pissa | olora
+    use_rslora: bool = False  # scale by alpha / sqrt(rank)
+    use_dora: bool = False  # learn the magnitude of each row apart from its direction
+    quantization: str = "none"  # of the frozen base beside adapters: none | nf4 | int8
+    neftune_noise_alpha: float | None = None  # noise on the embeddings while training
     enable_gradient_checkpointing: bool = False
+    checkpoint_policy: str = "full"  # what is recomputed then: full | selective
+    enable_activation_offload: bool = False  # activations wait in host memory
+    learned_rows_only: bool = True  # the last layer's MLP sees no row that is not learned
     attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2 | varlen
     use_liger: bool = False
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         at_least("model.lora_rank", self.lora_rank, 0)
+        one_of("model.lora_init", self.lora_init, ("default", "pissa", "olora"))
+        one_of("model.quantization", self.quantization, ("none", "nf4", "int8"))
+        one_of("model.checkpoint_policy", self.checkpoint_policy, ("full", "selective"))
+        if self.neftune_noise_alpha is not None:
+            at_least("model.neftune_noise_alpha", self.neftune_noise_alpha, 0)
         fraction("model.lora_dropout", self.lora_dropout)
 
 
@@ -123,6 +136,8 @@ class EngineConfig:
     fsdp_size: int = -1
     reshard_after_forward: bool = True
     offload: bool = False  # parameters and optimizer states in host memory
+    use_torch_compile: bool = False  # compile the decoder layers
+    fp32_matmul: str = "highest"  # auto | highest | high | medium: precision of fp32 products
     meta_start: str = "auto"  # auto | true | false: no rank holds the whole model while loading
 
     def __post_init__(self) -> None:
@@ -134,12 +149,18 @@ class EngineConfig:
         one_of("engine.strategy", self.strategy, ("fsdp2", "fsdp"))
         one_of("engine.model_dtype", self.model_dtype, ("fp32", "bf16"))
         one_of("engine.dtype", self.dtype, ("auto", "fp32", "bf16"))
+        one_of("engine.fp32_matmul", self.fp32_matmul, ("auto", "highest", "high", "medium"))
 
 
 @dataclass
 class OptimConfig:
     """Optimizer and schedule."""
 
+    optimizer: str = "AdamW"  # a class of optimizer_impl, in any case
+    optimizer_impl: str = "torch.optim"  # torchao.optim | bitsandbytes.optim | pytorch_optimizer
+    override_optimizer_config: dict[str, Any] | None = None  # further arguments of the class
+    fused: bool = True  # one kernel for the whole update, where the class has it
+    loraplus_lr_ratio: float | None = None  # LoRA+: B matrices learn so many times as fast
     lr: float = 1e-5
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     eps: float = 1e-8
@@ -156,6 +177,8 @@ class OptimConfig:
             raise UsageError(f"optim.betas={self.betas}: must be two numbers from 0 to below 1")
         for key in ("lr", "eps", "weight_decay", "clip_grad"):
             at_least(f"optim.{key}", getattr(self, key), 0)
+        if self.loraplus_lr_ratio is not None:
+            at_least("optim.loraplus_lr_ratio", self.loraplus_lr_ratio, 0)
         fraction("optim.min_lr_ratio", self.min_lr_ratio)
         at_least("optim.lr_warmup_steps", self.lr_warmup_steps, -1)
         one_of("optim.lr_scheduler", self.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
@@ -190,12 +213,20 @@ class TrainerConfig:
     resume_mode: str = "auto"  # auto | disable | resume_path
     resume_from_path: str | None = None
     max_ckpt_to_keep: int | None = None
-    nan_policy: str = "stop"
+    async_save: bool = False  # write checkpoints while the next steps run; needs memory for a copy
+    nan_policy: str = "stop"  # stop | skip: a step with NaN or infinity makes no update, on any rank
+    max_skipped_steps: int = 10  # of a whole run, with nan_policy=skip
+    step_timeout_s: float = 600.0  # a step or a save that takes longer has lost a rank; 0: never
     export: bool = True  # write an HF folder at the end
+    max_shard_size: str = "5GB"  # of one safetensors file of the export
+    upload_uri: str | None = None  # copy the export there: file://, s3://, ..., hf://user/repo
     device: str = "auto"  # auto | cuda | cpu
 
     def __post_init__(self) -> None:
         one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable", "resume_path"))
+        one_of("trainer.nan_policy", self.nan_policy, ("stop", "skip"))
+        at_least("trainer.max_skipped_steps", self.max_skipped_steps, 0)
+        at_least("trainer.step_timeout_s", self.step_timeout_s, 0)
         one_of("trainer.device", self.device, ("auto", "cuda", "cpu"))
         at_least("trainer.total_epochs", self.total_epochs, 1)
         at_least("trainer.seed", self.seed, 0)

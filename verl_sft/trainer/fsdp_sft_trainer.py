@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -22,16 +20,18 @@ from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World, arrange, setup_world
-from verl_sft.errors import OutOfMemoryError, PeerLostError, Preempted
+from verl_sft.errors import Preempted
 from verl_sft.export.hf import export_hf
+from verl_sft.export.upload import try_upload
 from verl_sft.model.build import load_tokenizer, model_path
 from verl_sft.processes import die_with_parent
 from verl_sft.trainer import checkpoint
 from verl_sft.trainer.assemble import assemble
 from verl_sft.trainer.best import best_of, stops_early
 from verl_sft.trainer.checkpoint import TrainProgress
+from verl_sft.trainer.ending import End, failed, leave, lost_peer
 from verl_sft.trainer.env_eval import make_player
-from verl_sft.trainer.failures import as_user_error
+from verl_sft.trainer.exporting import PROVENANCE
 from verl_sft.trainer.inputs import (
     check_options,
     fingerprint,
@@ -42,35 +42,28 @@ from verl_sft.trainer.inputs import (
 from verl_sft.trainer.resume import find_start
 from verl_sft.trainer.sft_trainer import RunPlan, SFTTrainer
 from verl_sft.trainer.state import TrainState
-from verl_sft.trainer.status import STATUS_ENV, write_status
+from verl_sft.trainer.status import write_status
 from verl_sft.trainer.trackers import RunInfo
 from verl_sft.trainer.tracking import LOGGERS, Tracker, plot_loss
+from verl_sft.trainer.watchdog import Watchdog
 
 EXPORT_DIR = "huggingface"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one rank; returns the exit code and leaves `status.json`."""
+def main(argv: Sequence[str] | None = None) -> End:
+    """Run one rank; leaves `status.json`."""
     words = list(sys.argv[1:] if argv is None else argv)
-    is_main = os.environ.get("RANK", "0") == "0"
     owned: list[Path] = []  # the run directory, once this run holds it
     try:
         die_with_parent()
         signal.signal(signal.SIGTERM, _stopped_early)
-        config = load_config(TrainConfig, words, say=print if is_main else None)
+        say = print if os.environ.get("RANK", "0") == "0" else None
+        config = load_config(TrainConfig, words, say=say)
         with ExitStack() as stack:
             run(config, world=setup_world(config.trainer.device), stack=stack, owned=owned)
-        return 0
-    except KeyboardInterrupt:
-        return _ended(owned, code=130, message="stopped by Ctrl-C", speak=is_main)
-    except Exception as error:
-        known = as_user_error(error)
-        if known is None:
-            traceback.print_exc()
-            return _ended(owned, code=1, message=f"{type(error).__name__}: {error}", speak=False)
-        # A broken connection is told by everyone who sees it, unless the cause is told already.
-        alone = isinstance(known, PeerLostError | OutOfMemoryError)
-        return _ended(owned, code=known.exit_code, message=str(known), speak=is_main or alone)
+        return End(0, agreed=True)
+    except (Exception, KeyboardInterrupt) as error:
+        return failed(error, directory=owned[0] if owned else None)
 
 
 def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path]) -> None:
@@ -92,9 +85,9 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         if world.is_main:
             safe_io.make_output_dir(directory)
             stack.enter_context(safe_io.run_lock(directory))
-            owned.append(directory)
             checkpoint.clean_leftovers(directory)
             write_status(directory, state="running", code=None)
+    owned.append(directory)
     world = arrange(
         world,
         sp_size=config.ulysses_sequence_parallel_size,
@@ -128,9 +121,12 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     )  # fmt: skip
     if world.is_main:
         safe_io.write_json(directory / "train_config.json", asdict(config))
+        safe_io.write_json(directory / PROVENANCE, facts())
         trainer.tracker = _open_tracker(config, directory=directory, start=start, plan=inputs.plan)
+    trainer.watchdog = _watchdog(config, world=world, directory=directory)
     trainer.stop_on_signals()
     progress = trainer.fit()
+    signal.signal(signal.SIGTERM, _stopped_early)  # what is left can be done again
     if stops_early(progress, config=config.trainer):
         say(f"stopped early: {progress.bad_validations} validations without a better one")
     if trainer.tracker:
@@ -147,6 +143,9 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         )  # fmt: skip
         say(f"exported to {out}")
     _done(world, directory, progress)
+    if world.is_main and config.trainer.export and config.trainer.upload_uri:
+        outcome = try_upload(out, config.trainer.upload_uri, say=say)
+        write_status(directory, state="done", code=0, step=progress.step, upload=outcome)
 
 
 def _open_tracker(
@@ -187,7 +186,7 @@ def as_list(value: Any) -> list[Any]:
 def _stopped_early(number: int, frame: Any) -> None:
     signal.signal(number, signal.SIG_IGN)
     raise Preempted(
-        "stopped by a signal before the first step",
+        "stopped by a signal outside of the training steps",
         fix="Run the same command again to go on from the last checkpoint, if there is one",
     )
 
@@ -197,31 +196,14 @@ def _done(world: World, directory: Path, progress: TrainProgress) -> None:
         write_status(directory, state="done", code=0, step=progress.step)
 
 
-def _ended(owned: list[Path], *, code: int, message: str, speak: bool) -> int:
-    """Tell and record the end of a run that did not finish."""
-    if speak:
-        print(f"verl-sft: {message}", file=sys.stderr, flush=True)
-    if os.environ.get("RANK", "0") == "0" or code in (1, OutOfMemoryError.exit_code):
-        state = "preempted" if code == Preempted.exit_code else "failed"
-        write_status(owned[0] if owned else None, state=state, code=code, message=message)
-    return code
-
-
-def leave(code: int) -> None:
-    """End the process now: destructors of process groups fail runs that had succeeded.
-
-    A user's error is the same on every rank and is told already; under our own launcher, which
-    reads the code from `status.json`, torchrun then has no reason to print a traceback of its own.
-    """
-    agreed = code not in (1, OutOfMemoryError.exit_code, PeerLostError.exit_code, 130)
-    if agreed and os.environ.get(STATUS_ENV):
-        code = 0
-    if code == 0 and dist.is_initialized() and dist.get_world_size() > 1:
-        with contextlib.suppress(RuntimeError):  # a peer that is gone has its own exit code
-            dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _watchdog(config: TrainConfig, *, world: World, directory: Path) -> Watchdog:
+    return Watchdog(
+        config.trainer.step_timeout_s,
+        world=world,
+        board=dist.distributed_c10d._get_default_store() if world.size > 1 else None,
+        directory=directory,
+        on_lost=partial(lost_peer, directory=directory),
+    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from verl_sft.data.tree import shared_lengths
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World, check_layout
 from verl_sft.errors import UsageError
+from verl_sft.export.upload import check_target
 from verl_sft.model.build import model_fingerprint
 from verl_sft.records.mix import Source, mix_lines, resolve_sources
 from verl_sft.safe_io import content_hash, file_sha256, write_json
@@ -51,7 +52,6 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
     """
     refused = {
         "model.use_liger": config.model.use_liger,
-        "trainer.nan_policy": config.trainer.nan_policy != "stop",
     }
     for key, wrong in refused.items():
         if wrong:
@@ -70,6 +70,8 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
             why="A sample of that length would fit into no micro-batch",
             fix=f"Use data.max_token_len_per_gpu={longest} or more",
         )
+    if config.trainer.upload_uri:
+        check_target(config.trainer.upload_uri)
     if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
         raise UsageError(
             "trainer.resume_mode=resume_path needs trainer.resume_from_path",

@@ -1,0 +1,17 @@
+"""What `export` can be told."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ExportConfig:
+    """`verl-sft export`: a checkpoint as a Hugging Face folder, without the training data."""
+
+    checkpoint: str | None = None  # a global_step_N folder, or a run: its newest whole one
+    out: str | None = None  # the folder to write; default: RUN/huggingface_stepN
+    merge: bool = True  # LoRA: the merged model beside the adapter; false: the adapter alone
+    max_shard_size: str = "5GB"  # of one safetensors file; more get an index
+    model: str | None = None  # the base model, if it lies elsewhere now
+    upload: str | None = None  # file://, s3://, ... through fsspec, or hf://user/repo
