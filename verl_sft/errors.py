@@ -23,6 +23,7 @@ class VerlSftError(Exception):
     """Base of all errors that are a user's to mend; never raised for our own bugs."""
 
     exit_code = 1
+    agreed = False  # whether every rank of a run raises it alike
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
         super().__init__(what)

@@ -69,8 +69,11 @@ def together(world: World) -> Iterator[None]:
     if first is None:
         return
     if caught is not None and first == problem:
+        caught.agreed = True
         raise caught
     kind = getattr(errors, first.pop("kind"), VerlSftError)
     if kind is errors.MissingExtraError:
         kind = errors.UsageError
-    raise kind(first.pop("what"), **first)
+    told = kind(first.pop("what"), **first)
+    told.agreed = True
+    raise told

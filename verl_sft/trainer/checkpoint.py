@@ -14,22 +14,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from verl_sft import safe_io
-from verl_sft.distributed.reduce import from_main, gather_json, together
+from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World
 from verl_sft.errors import StorageError, UsageError
-from verl_sft.trainer.best import best_of, publish_links
-from verl_sft.trainer.state import TrainState, read_shards, write_shard
+from verl_sft.trainer.state import TrainState, read_shards
 
 MANIFEST = "manifest.json"
 LATEST = "latest_checkpointed_iteration.txt"
-FORMAT = 1
+FORMAT = 2
 _STEP_DIR = re.compile(r"global_step_(\d+)")
 
 
@@ -44,6 +42,7 @@ class TrainProgress:
     score: float | None = None  # of this step by trainer.best_metric, higher is better
     best_score: float | None = None  # of all steps so far
     bad_validations: int = 0  # in a row without a better one
+    skipped: int = 0  # steps without an update, as their loss or gradient was not finite
 
 
 def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -68,8 +67,10 @@ def verify(path: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST).read_text("utf-8"))
         body = {k: v for k, v in manifest.items() if k != "digest"}
-        if manifest["digest"] != safe_io.content_hash(body) or manifest["format"] != FORMAT:
+        if manifest["digest"] != safe_io.content_hash(body):
             raise ValueError("its digest does not match")
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"it is of format {manifest['format']}, known here is {FORMAT}")
         files: dict[str, dict[str, Any]] = manifest["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path / MANIFEST, f"the manifest cannot be used: {error}") from error
@@ -124,54 +125,6 @@ def check_fingerprint(saved: Mapping[str, Any], *, current: Mapping[str, Any], w
         )
 
 
-def save(
-    directory: Path,
-    *,
-    state: TrainState,
-    progress: TrainProgress,
-    fingerprint: Mapping[str, Any],
-    world: World,
-    keep: int | None = None,
-) -> Path:
-    """Write `global_step_N/` from all ranks; it appears complete or not at all.
-
-    Raises:
-        StorageError: on every rank, if any rank could not write.
-    """
-    final = directory / f"global_step_{progress.step}"
-    temporary = directory / f".tmp-{final.name}.{from_main(uuid.uuid4().hex[:8], world=world)}"
-    facts: dict[str, Any] = {}
-    try:
-        with together(world), _writing(temporary):
-            temporary.mkdir(exist_ok=True)
-            name = f"shard_{world.rank:05d}_of_{world.size:05d}.safetensors"
-            write_shard(temporary / name, state=state, world=world)
-            safe_io.fsync_path(temporary / name)
-            size = (temporary / name).stat().st_size
-            facts = {"name": name, "size": size, "sha256": safe_io.file_sha256(temporary / name)}
-        files = gather_json(facts, world=world)
-        with together(world), _writing(final):
-            if world.is_main:
-                manifest = {
-                    "format": FORMAT,
-                    "progress": asdict(progress),
-                    "world_size": world.size,
-                    "fingerprint": dict(fingerprint),
-                    "tensors": state.describe(),
-                    "files": {f.pop("name"): f for f in files},
-                }
-                manifest["digest"] = safe_io.content_hash(manifest)
-                safe_io.write_json(temporary / MANIFEST, manifest)
-                _publish(temporary, final)
-                safe_io.write_text(directory / LATEST, f"{progress.step}\n")
-                publish_links(directory, list_checkpoints(directory), manifest=MANIFEST)
-                _retire(directory, keep=keep, newest=final)
-    finally:
-        if world.is_main:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return final
-
-
 def load(
     path: Path, *, manifest: Mapping[str, Any], state: TrainState, world: World
 ) -> TrainProgress:
@@ -189,49 +142,6 @@ def clean_leftovers(directory: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-def _publish(temporary: Path, final: Path) -> None:
-    if final.exists():  # a damaged or superseded one of the same step
-        aside = final.with_name(f".tmp-{final.name}.old-{uuid.uuid4().hex[:8]}")
-        final.rename(aside)
-        safe_io.publish_dir(temporary, final)
-        shutil.rmtree(aside, ignore_errors=True)
-    else:
-        safe_io.publish_dir(temporary, final)
-
-
-def _retire(directory: Path, *, keep: int | None, newest: Path) -> None:
-    """Delete all but the `keep` newest whole checkpoints and the best; the disk knows them all."""
-    if keep is None or keep < 1:
-        return
-    found = list_checkpoints(directory)
-    best = best_of(found, manifest=MANIFEST)
-    older = [path for _, path in found if path != newest]
-    for path in older[keep - 1 :]:
-        if path == best:
-            continue
-        hidden = path.with_name(f".tmp-{path.name}.old-{uuid.uuid4().hex[:8]}")
-        path.rename(hidden)
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-class _writing:
-    """Turn what the disk, or safetensors on its behalf, reports into a `StorageError`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, StorageError) or error is None:
-            return
-        if isinstance(error, OSError):
-            raise safe_io.storage_error(error, self.path) from error
-        if type(error).__name__ == "SafetensorError":
-            raise StorageError(f"cannot write: {error}", where=str(self.path)) from error
 
 
 def _damaged(path: Path, what: str) -> StorageError:

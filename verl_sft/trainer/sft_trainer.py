@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,32 +17,25 @@ from verl_sft.data.collate import PackedBatch, collate
 from verl_sft.data.plan import EpochPlan, Lengths, MicroBatch, StepPlan
 from verl_sft.data.sample import TokenizedSample
 from verl_sft.data.slice import slice_batch
-from verl_sft.distributed.reduce import gather_json, sum_over_ranks
+from verl_sft.distributed.reduce import sum_over_ranks
 from verl_sft.distributed.setup import World
-from verl_sft.distributed.sharding import compute_dtype
+from verl_sft.distributed.sharding import begin_micro_batch, compute_dtype
 from verl_sft.errors import NonFiniteError, Preempted
-from verl_sft.trainer import checkpoint
+from verl_sft.trainer.batches import counts, model_inputs
 from verl_sft.trainer.best import judged, must_save, stops_early
 from verl_sft.trainer.breakdown import LossParts
 from verl_sft.trainer.checkpoint import TrainProgress
+from verl_sft.trainer.failures import explain_memory
 from verl_sft.trainer.flops import peak_flops
 from verl_sft.trainer.meter import Meter, model_size
 from verl_sft.trainer.optim import gradient_norm, lr_factor, scale_gradients, warmup_steps
+from verl_sft.trainer.pace import Pace
+from verl_sft.trainer.saving import Saver
+from verl_sft.trainer.skipping import bad_samples, check_skip, flagged, is_finite
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.tracking import Tracker
 from verl_sft.trainer.validation import validate
-
-_NAMED_IDS = 20  # samples named in a message
-_MODEL_INPUTS = (
-    "input_ids",
-    "target_ids",
-    "weights",
-    "position_ids",
-    "cu_seqlens",
-    "max_seqlen",
-    "subtree_end",
-    "parts",
-)
+from verl_sft.trainer.watchdog import Watchdog
 
 
 class Samples(Protocol):
@@ -85,6 +79,7 @@ class StepOutcome:
     learned_tokens: int
     stop_asked: bool
     parts: Mapping[str, float] = field(default_factory=dict)  # the loss, broken down
+    skipped: Sequence[str] = ()  # samples of a step that made no update
 
 
 class SFTTrainer:
@@ -102,6 +97,7 @@ class SFTTrainer:
         fingerprint: what must not change between a run and its resumption.
         directory: of the run.
         tracker: rank 0's loggers; None elsewhere.
+        watchdog: bounds the time of a step; None: nothing does.
         play: measures the current weights in an environment, on all ranks; None: nothing does.
     """
 
@@ -119,6 +115,7 @@ class SFTTrainer:
         fingerprint: Mapping[str, Any],
         directory: Path,
         tracker: Tracker | None = None,
+        watchdog: Watchdog | None = None,
         play: Callable[[int], Mapping[str, float]] | None = None,
     ) -> None:
         self.config, self.world, self.model = config, world, model
@@ -126,6 +123,14 @@ class SFTTrainer:
         self.train_data, self.val_data = train_data, val_data
         self.fingerprint, self.directory = fingerprint, directory
         self.progress, self.tracker, self.play = TrainProgress(), tracker, play
+        self.watchdog, self.pace = watchdog, Pace(world, say=self._say)
+        self.saver = Saver(
+            directory,
+            fingerprint=fingerprint,
+            world=world,
+            keep=config.trainer.max_ckpt_to_keep,
+            beside=config.trainer.async_save,
+        )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stop_asked = False
         self._saved_step = -1
@@ -147,7 +152,7 @@ class SFTTrainer:
         """Train from `progress` to the end of the plan, validating and saving on the way.
 
         Raises:
-            NonFiniteError: NaN or inf appeared; the weights are those before that step.
+            NonFiniteError: NaN or inf appeared and the step may not be skipped; no weight changed.
             Preempted: a signal asked to stop; a checkpoint of the last step is there.
         """
         total, config = self.plan.total_steps, self.config.trainer
@@ -155,8 +160,9 @@ class SFTTrainer:
             steps = self.plan.train(self.progress.epoch).steps
             for step_plan in steps[self.progress.epoch_step :]:
                 started = time.perf_counter()
-                outcome = self.train_step(step_plan)
-                self._advance(outcome.tokens)
+                with self._watch("step"):
+                    outcome = self.train_step(step_plan)
+                self._advance(outcome)
                 seconds = time.perf_counter() - started
                 metrics = self._metrics(outcome, step_plan=step_plan, seconds=seconds)
                 metrics.update(self._evaluate(leaving=outcome.stop_asked))
@@ -166,12 +172,14 @@ class SFTTrainer:
                 if self.tracker:
                     self.tracker.log_step(metrics)
                 if outcome.stop_asked or last or self._save_due():
-                    self.save()
+                    self.save(wait=outcome.stop_asked or last)
                 if outcome.stop_asked and not last:
-                    raise Preempted(
+                    left = Preempted(
                         f"stopped by a signal at step {step} of {total}",
                         fix="Run the same command again to go on from there",
                     )
+                    left.agreed = True
+                    raise left
                 if last:
                     break
         return self.progress
@@ -185,32 +193,38 @@ class SFTTrainer:
         step = self.progress.step
         torch.manual_seed(dropout_seed(self.config.trainer.seed, self.world.rank, step))
         micros = step_plan.ranks[self.world.dp_rank]
+        self.pace.begin()
         batches = [self._batch(micro, self.train_data) for micro in micros]
-        weight, tokens, learned, stop = sum_over_ranks(
-            [*_counts(batches), float(self.stop_asked)], world=self.world
+        flags = (float(self.stop_asked), float(self.saver.busy))
+        weight, tokens, learned, stop, busy, *own = sum_over_ranks(
+            [*counts(batches), *flags, *self.pace.share()], world=self.world
         )
+        self.pace.judge(own, step=step)
+        self.pace.loaded()
+        if self.saver.pending and not busy:
+            self.saver.finish()
         losses, parts = [], self._loss_parts(self.train_data)
         for index, batch in enumerate(batches):
-            self.model.set_requires_gradient_sync(index == len(batches) - 1)
-            loss = self.model(**_inputs(batch, self.world.device), denominator=weight)
-            loss.backward()
+            begin_micro_batch(self.model, last=index == len(batches) - 1)
+            with self._explain_memory(micros[index]):
+                loss = self.model(**model_inputs(batch, self.world.device), denominator=weight)
+                loss.backward()
             losses.append(loss.detach())
             parts.add(batch, self.model.row_losses)
         values = torch.stack(losses).tolist()
         total_loss, *sums = sum_over_ranks([sum(values), *parts.values()], world=self.world)
         norm = gradient_norm(self.parameters, world=self.world)
-        if not (abs(total_loss) < float("inf") and norm < float("inf")):
-            self._refuse(step_plan, values)
-        clip = self.config.optim.clip_grad
-        if clip > 0 and norm > clip:
-            scale_gradients(self.parameters, factor=clip / norm)
-        lr = self.learning_rate(step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        lr, skipped = self.learning_rate(step), list[str]()
+        if is_finite(total_loss, norm):
+            self._update(lr, norm=norm)
+        else:
+            skipped = self._skip(step_plan, values)
         self.optimizer.zero_grad(set_to_none=True)
+        self.pace.end()
         named = parts.named(sums, prefix="train/")
-        return StepOutcome(total_loss, norm, lr, int(tokens), int(learned), bool(stop), named)
+        return StepOutcome(
+            total_loss, norm, lr, int(tokens), int(learned), bool(stop), named, skipped
+        )
 
     def validate(self) -> dict[str, float]:
         """Mean losses per learned token over every validation row, on all ranks."""
@@ -219,7 +233,7 @@ class SFTTrainer:
 
         def forward(micro: MicroBatch) -> tuple[PackedBatch, torch.Tensor]:
             batch = self._batch(micro, data)
-            return batch, self.model(**_inputs(batch, self.world.device))
+            return batch, self.model(**model_inputs(batch, self.world.device))
 
         return validate(
             self.model,
@@ -229,21 +243,17 @@ class SFTTrainer:
             world=self.world,
         )
 
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one."""
-        if self._saved_step == self.progress.step:
-            return
-        if self.tracker:
-            self.tracker.sync()
-        checkpoint.save(
-            self.directory,
-            state=TrainState(self.model, self.optimizer),
-            progress=self.progress,
-            fingerprint=self.fingerprint,
-            world=self.world,
-            keep=self.config.trainer.max_ckpt_to_keep,
-        )
-        self._saved_step = self.progress.step
+    def save(self, *, wait: bool = True) -> None:
+        """Write a checkpoint of this step, unless there is one; `wait` until it is published."""
+        with self._watch("the save of step"):
+            if self._saved_step != self.progress.step:
+                if self.tracker:
+                    self.tracker.sync()
+                state = TrainState(self.model, self.optimizer)
+                self.saver.save(state, progress=self.progress)
+                self._saved_step = self.progress.step
+            if wait:
+                self.saver.finish()
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update number `step`, counted from 0."""
@@ -287,7 +297,42 @@ class SFTTrainer:
         batch = collate(rows, pad_id=self.pad_id, share=self.plan.share)
         return slice_batch(batch, part=self.world.sp_rank, parts=self.world.sp_size)
 
-    def _advance(self, tokens: int) -> None:
+    def _update(self, lr: float, *, norm: float) -> None:
+        clip = self.config.optim.clip_grad
+        if clip > 0 and norm > clip:
+            scale_gradients(self.parameters, factor=clip / norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.optimizer.step()
+
+    def _skip(self, step_plan: StepPlan, losses: Sequence[float]) -> list[str]:
+        names = bad_samples(step_plan, losses=losses, name=self._name, world=self.world)
+        try:
+            check_skip(
+                names, progress=self.progress, config=self.config.trainer, where=self.directory
+            )
+        except NonFiniteError:
+            self.saver.finish()
+            raise
+        self._say(f"step {self.progress.step + 1} SKIPPED, not finite: {', '.join(names)}")
+        return names
+
+    def _watch(self, phase: str) -> AbstractContextManager[None]:
+        step = self.progress.step + (phase == "step")
+        return self.watchdog.watch(f"{phase} {step}") if self.watchdog else nullcontext()
+
+    def _explain_memory(self, micro: MicroBatch) -> AbstractContextManager[None]:
+        step, lengths = self.progress.step + 1, self._lengths
+        return explain_memory(step, micro=micro, lengths=lengths, name=self._name)
+
+    def _name(self, index: int) -> str:
+        return self.train_data[index].record_id
+
+    def _say(self, text: str) -> None:
+        if self.tracker:
+            self.tracker.say(text)
+
+    def _advance(self, outcome: StepOutcome) -> None:
         now, done = self.progress, self.progress.epoch_step + 1
         ended = done == self.plan.steps_per_epoch
         self.progress = replace(
@@ -295,7 +340,8 @@ class SFTTrainer:
             step=now.step + 1,
             epoch=now.epoch + ended,
             epoch_step=0 if ended else done,
-            tokens=now.tokens + tokens,
+            tokens=now.tokens + outcome.tokens,
+            skipped=now.skipped + bool(outcome.skipped),
         )
 
     def _save_due(self) -> bool:
@@ -307,7 +353,7 @@ class SFTTrainer:
         self, outcome: StepOutcome, *, step_plan: StepPlan, seconds: float
     ) -> dict[str, float | int]:
         progress = self.progress
-        return {
+        metrics = {
             "step": progress.step,
             "epoch": progress.epoch + progress.epoch_step / self.plan.steps_per_epoch,
             "train/loss": outcome.loss,
@@ -327,22 +373,9 @@ class SFTTrainer:
                 remaining=self.plan.total_steps - progress.step,
             ),
         }
-
-    def _refuse(self, step_plan: StepPlan, losses: Sequence[float]) -> None:
-        """All ranks saw the same sums, so all come here, before any weight has changed."""
-        micros = step_plan.ranks[self.world.dp_rank]
-        bad = [m for m, v in zip(micros, losses, strict=True) if not abs(v) < float("inf")]
-        mine = [self.train_data[i].record_id for micro in bad for row in micro for i in row]
-        named = [name for part in gather_json(mine, world=self.world) for name in part]
-        if not named:
-            named = [self.train_data[i].record_id for i in step_plan.sample_indices()]
-        shown = ", ".join(named[:_NAMED_IDS]) + (" ..." if len(named) > _NAMED_IDS else "")
-        raise NonFiniteError(
-            f"loss or gradient is not finite at step {self.progress.step + 1}",
-            where=str(self.directory),
-            why=f"It comes from these samples: {shown}. The update was not made",
-            fix="Look at them, lower optim.lr, or use engine.dtype=fp32",
-        )
+        if outcome.skipped:
+            return flagged(metrics, names=outcome.skipped, total=progress.skipped)
+        return metrics
 
 
 def is_due(frequency: Any, step: int, *, epoch_end: bool) -> bool:
@@ -355,17 +388,3 @@ def is_due(frequency: Any, step: int, *, epoch_end: bool) -> bool:
 def dropout_seed(seed: int, rank: int, step: int) -> int:
     """A seed of its own for every (run, rank, step)."""
     return (seed * 1_000_003 + rank) * 1_000_003 + step
-
-
-def _counts(batches: Sequence[PackedBatch]) -> tuple[float, float, float]:
-    """Sum of weights, number of document tokens, number of learned tokens."""
-    return (
-        sum(float(b.weights.sum(dtype=torch.float64)) for b in batches),
-        float(sum(int((b.document_ids >= 0).sum()) for b in batches)),
-        float(sum(int(b.weights.count_nonzero()) for b in batches)),
-    )
-
-
-def _inputs(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
-    moved = batch.to(device, non_blocking=True) if device.type == "cuda" else batch
-    return {name: getattr(moved, name) for name in _MODEL_INPUTS}

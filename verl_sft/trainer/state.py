@@ -1,4 +1,8 @@
-"""The tensors of a run (trainable parameters, AdamW's moments, RNG) as rows of safetensors."""
+"""The tensors of a run (trainable parameters, optimizer states, RNG) as rows of safetensors.
+
+An optimizer's state of a parameter is rows like the parameter's (AdamW's moments), single numbers
+(counters), or neither: then only as many ranks as wrote it can read it.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +18,10 @@ from torch import Tensor, nn
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import local, rows_of
 from verl_sft.errors import StorageError
+from verl_sft.trainer.optimizers import tensors_in
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 _RNG_CPU, _RNG_CUDA, _STEP = "rng.cpu", "rng.cuda", "optim.step"
+NUMBER = "optim.number."  # of each parameter in turn, float64, NaN where it has none
 
 
 @dataclass(frozen=True)
@@ -38,30 +43,62 @@ class TrainState:
         }
 
 
-def ensure_optimizer_state(state: TrainState) -> None:
-    """Give every parameter the moments that AdamW would create at its first step."""
+def make_optimizer_state(state: TrainState) -> None:
+    """Let the optimizer create all its states, by a step of size 0; they are then overwritten."""
+    rates = [group["lr"] for group in state.optimizer.param_groups]
     for parameter in state.parameters().values():
-        if not state.optimizer.state[parameter]:
-            state.optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=local(parameter).device),
-                **{key: torch.zeros_like(parameter) for key in _MOMENTS},
-            }
+        parameter.grad = torch.zeros_like(parameter)
+    for group in state.optimizer.param_groups:
+        group["lr"] = 0.0
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
 
 
-def write_shard(path: Path, *, state: TrainState, world: World) -> None:
-    """Write this rank's rows of every tensor; of a second copy only what is this rank's own."""
-    from safetensors.torch import save_file
+def optimizer_state(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Numbers and tensors that the optimizer holds for each parameter, by the parameter's name."""
+    held = state.optimizer.state
+    return {
+        name: {k: v for k, v in held.get(p, {}).items() if isinstance(v, Tensor | int | float)}
+        for name, p in state.parameters().items()
+    }
 
-    ensure_optimizer_state(state)
+
+def shard_tensors(state: TrainState, *, world: World, copy: bool = False) -> dict[str, Tensor]:
+    """This rank's rows of every tensor, on the CPU; of a second copy only what is its own.
+
+    Args:
+        state: of the run.
+        world: the ranks.
+        copy: share no memory with the state, which may then change.
+    """
     tensors: dict[str, Tensor] = {_RNG_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors[_RNG_CUDA] = torch.cuda.get_rng_state()
-    for name, parameter in state.parameters().items() if world.replica == 0 else ():
-        moments = state.optimizer.state[parameter]
-        tensors[f"model.{name}"] = parameter.detach()
-        tensors.update({f"optim.{key}.{name}": moments[key] for key in _MOMENTS})
-        tensors[_STEP] = local(moments["step"]).reshape(1)
-    save_file({k: local(v).detach().cpu().contiguous() for k, v in tensors.items()}, path)
+    if world.replica == 0:
+        moments = optimizer_state(state)
+        for name, parameter in state.parameters().items():
+            tensors[f"model.{name}"] = parameter
+            for key, value in moments[name].items():
+                if not _is_number(value):
+                    parts = tensors_in(value).items()
+                    tensors.update({f"optim.{key}{part}.{name}": t for part, t in parts})
+        tensors.update(_numbers(moments))
+        tensors[_STEP] = torch.tensor([float(len(moments))])
+    return {name: _on_host(local(value), copy=copy) for name, value in tensors.items()}
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors of one rank."""
+    from safetensors.torch import save_file
+
+    save_file(dict(tensors), path)
+
+
+def _on_host(tensor: Tensor, *, copy: bool) -> Tensor:
+    found = tensor.detach().cpu().contiguous()
+    return found.clone() if copy and found.data_ptr() == tensor.data_ptr() else found
 
 
 def read_shards(
@@ -81,33 +118,93 @@ def read_shards(
             where=str(files[0].parent),
             fix="Use the model and LoRA settings that the run was started with",
         )
-    ensure_optimizer_state(state)
+    make_optimizer_state(state)
     with ExitStack() as stack, torch.no_grad():
         shards = [stack.enter_context(safe_open(f, framework="pt")) for f in files]
         rows = [s for s in shards if _STEP in s.keys()]  # noqa: SIM118
         for name, parameter in state.parameters().items():
-            moments = state.optimizer.state[parameter]
             _fill(parameter, rows, f"model.{name}", world=world)
-            for key in _MOMENTS:
-                _fill(moments[key], rows, f"optim.{key}.{name}", world=world)
-            local(moments["step"]).fill_(shards[0].get_tensor(_STEP).item())
+        _fill_optimizer(state, rows, world=world)
         if len(shards) == world.size:  # another number of ranks has no use for these states
             torch.set_rng_state(shards[world.rank].get_tensor(_RNG_CPU))
             if torch.cuda.is_available() and _RNG_CUDA in shards[world.rank].keys():  # noqa: SIM118
                 torch.cuda.set_rng_state(shards[world.rank].get_tensor(_RNG_CUDA))
 
 
-def _fill(target: Tensor, shards: Sequence[Any], name: str, *, world: World) -> None:
-    """Copy this rank's rows of one tensor out of all shards that overlap them."""
+def _fill_optimizer(state: TrainState, shards: Sequence[Any], *, world: World) -> None:
+    """Overwrite every state; what a parameter had none of when it was saved is forgotten."""
+    there = set(shards[0].keys())
+    moments, every = optimizer_state(state), state.optimizer.state
+    for index, (name, parameter) in enumerate(state.parameters().items()):
+        held = every[parameter]
+        for key, value in moments[name].items():
+            if _is_number(value):
+                saved = f"{NUMBER}{key}"
+                number = float("nan")
+                if saved in there:
+                    number = shards[0].get_slice(saved)[index : index + 1].item()
+                if number != number:
+                    del held[key]
+                elif isinstance(value, Tensor):
+                    local(value).fill_(number)
+                else:
+                    held[key] = type(value)(number)
+                continue
+            parts = {f"optim.{key}{k}.{name}": v for k, v in tensors_in(value).items()}
+            if not parts.keys() <= there:
+                del held[key]
+                continue
+            for saved, tensor in parts.items():
+                if tensor.shape == local(parameter).shape:
+                    _fill(tensor, shards, saved, world=world, rows=parameter.shape[:1])
+                else:
+                    _fill_own(tensor, shards, saved, world=world)
+
+
+def _fill_own(target: Tensor, shards: Sequence[Any], name: str, *, world: World) -> None:
+    """Copy what the rank with this rank's rows wrote; nobody else can use it."""
+    if len(shards) != world.shard_size:
+        raise StorageError(
+            f"the optimizer's state was written by {len(shards)} ranks and cannot be spread over "
+            f"{world.shard_size}",
+            where=name,
+            fix="Resume with as many ranks as before, or use optim.optimizer=AdamW",
+        )
+    target.copy_(shards[world.shard_rank].get_tensor(name))
+
+
+def _numbers(moments: Mapping[str, Mapping[str, Any]]) -> dict[str, Tensor]:
+    keys = sorted({k for held in moments.values() for k, v in held.items() if _is_number(v)})
+    return {
+        f"{NUMBER}{key}": torch.tensor(
+            [float(held.get(key, float("nan"))) for held in moments.values()], dtype=torch.float64
+        )
+        for key in keys
+    }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _fill(
+    target: Tensor,
+    shards: Sequence[Any],
+    name: str,
+    *,
+    world: World,
+    rows: Sequence[int] | None = None,
+) -> None:
+    """Copy this rank's rows of one tensor of `rows` rows out of all shards that overlap them."""
     mine = local(target)
-    if target.ndim == 0:
+    shape = target.shape[:1] if rows is None else rows
+    if not shape:
         mine.copy_(shards[0].get_tensor(name))
         return
-    rows = target.shape[0]
-    start, stop = rows_of(world.shard_rank, size=world.shard_size, rows=rows)
+    start, stop = rows_of(world.shard_rank, size=world.shard_size, rows=shape[0])
     assert mine.shape[0] == stop - start, f"{name}: not sharded by rows"
     for index, shard in enumerate(shards):
-        low, high = rows_of(index, size=len(shards), rows=rows)
+        low, high = rows_of(index, size=len(shards), rows=shape[0])
         first, last = max(start, low), min(stop, high)
         if first < last:
             part = shard.get_slice(name)[first - low : last - low]

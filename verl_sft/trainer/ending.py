@@ -1,0 +1,103 @@
+"""How a rank ends: who speaks, what is recorded, and which code it leaves with.
+
+An error that all ranks raised alike is told by rank 0. One that a single rank met is told by that
+rank; the others only see a broken connection, and stay silent once the cause is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from verl_sft.errors import PeerLostError, Preempted
+from verl_sft.trainer.failures import as_user_error
+from verl_sft.trainer.status import STATUS_ENV, STATUS_FILE, write_status
+
+
+@dataclass(frozen=True)
+class End:
+    """How this rank ended; `agreed` if every rank ends alike."""
+
+    code: int
+    agreed: bool
+
+
+def failed(error: BaseException, *, directory: Path | None) -> End:
+    """Tell and record why this rank did not finish.
+
+    Args:
+        error: that ended it.
+        directory: of the run, once it is held; else None.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return _record(130, "stopped by Ctrl-C", directory, speak=_is_main())
+    assert isinstance(error, Exception)
+    known = as_user_error(error)
+    if known is None:
+        traceback.print_exception(error)
+        return _record(1, f"{type(error).__name__}: {error}", directory, speak=False)
+    agreed = known.agreed or not dist.is_initialized()
+    if agreed:
+        if _is_main():
+            _record(known.exit_code, str(known), directory, speak=True)
+        return End(known.exit_code, agreed=True)
+    told = _is_told(directory)
+    if isinstance(known, PeerLostError):
+        if not told:  # our own launcher knows better which rank is gone, and why
+            speak = not os.environ.get(STATUS_ENV)
+            return _record(known.exit_code, str(known), directory, speak=speak)
+        return End(known.exit_code, agreed=False)
+    speak = _is_main() or not isinstance(known, Preempted)
+    return _record(known.exit_code, str(known), directory, speak=speak and not told)
+
+
+def lost_peer(error: PeerLostError, *, directory: Path) -> None:
+    """Tell and record that other ranks no longer answer; the process ends by other means."""
+    print(f"verl-sft: {error}", file=sys.stderr, flush=True)
+    write_status(directory, state="failed", code=error.exit_code, message=str(error), told=True)
+
+
+def leave(end: End) -> None:
+    """End the process now: destructors of process groups fail runs that had succeeded.
+
+    Where all ranks ended alike, and are under our own launcher, which reads the code from
+    `status.json`, torchrun has no reason to stop anybody.
+    """
+    code = 0 if end.agreed and os.environ.get(STATUS_ENV) else end.code
+    if end.agreed and dist.is_initialized() and dist.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):  # a peer that is gone has its own exit code
+            dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _record(code: int, message: str, directory: Path | None, *, speak: bool) -> End:
+    if speak:
+        print(f"verl-sft: {message}", file=sys.stderr, flush=True)
+    state = "preempted" if code == Preempted.exit_code else "failed"
+    with contextlib.suppress(OSError):  # a full disk must not hide what happened
+        write_status(directory, state=state, code=code, message=message, told=speak)
+    return End(code, agreed=False)
+
+
+def _is_told(directory: Path | None) -> bool:
+    """Whether the end of this run is recorded already."""
+    copy = os.environ.get(STATUS_ENV)
+    places = [Path(copy)] if copy else [directory / STATUS_FILE] if directory else []
+    for place in places:
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(place.read_text("utf-8"))["exit_code"] is not None:
+                return True
+    return False
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
