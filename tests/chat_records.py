@@ -12,6 +12,7 @@ from verl_sft.types import Message
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=()), max_size=10)
 F32 = st.floats(0, 100, width=32)
 ARGUMENTS = st.dictionaries(TEXT, st.none() | st.booleans() | st.integers(0, 9) | TEXT, max_size=2)
+NAMES = st.none() | TEXT
 TOOL = st.fixed_dictionaries(
     {"type": st.just("function"), "function": st.fixed_dictionaries({"name": TEXT})}
 )
@@ -23,7 +24,7 @@ def calls(draw: Any) -> tuple[Any, ...]:
     names = draw(st.lists(TEXT.filter(bool), min_size=1, max_size=2))
     return tuple(
         {
-            "id": draw(TEXT),
+            "id": "c",
             "type": "function",
             "function": {"name": name, "arguments": draw(ARGUMENTS)},
         }
@@ -38,7 +39,9 @@ ANSWERS = st.builds(
     reasoning_content=st.none() | TEXT.filter(bool),
     tool_calls=st.none() | calls(),
 ) | st.builds(Message, role=st.just("assistant"), content=st.none(), tool_calls=calls())
-RESULTS = st.builds(Message, role=st.just("tool"), content=TEXT, tool_call_id=st.none() | TEXT)
+RESULTS = st.builds(
+    Message, role=st.just("tool"), content=TEXT, tool_call_id=st.none() | st.just("c"), name=NAMES
+)
 SYSTEMS = st.builds(Message, role=st.just("system"), content=TEXT)
 USERS = st.builds(Message, role=st.just("user"), content=TEXT)
 
@@ -47,7 +50,8 @@ USERS = st.builds(Message, role=st.just("user"), content=TEXT)
 def records(draw: Any, *, alternating: bool = False) -> SFTRecord:
     """A record; `alternating`: one question before each answer, no empty system text."""
     messages = draw(st.lists(SYSTEMS.filter(lambda m: m.content or not alternating), max_size=1))
-    for _ in range(draw(st.integers(1, 3))):
+    messages += [draw(USERS), draw(ANSWERS)]
+    for _ in range(draw(st.integers(0, 2))):
         messages.append(draw(USERS | RESULTS))
         if not alternating:
             messages += draw(st.lists(USERS | RESULTS | ANSWERS, max_size=2))

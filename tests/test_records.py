@@ -41,6 +41,7 @@ TEXT = st.text(
 )
 F32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
 OBJECT = st.dictionaries(TEXT, st.none() | st.booleans() | st.integers() | TEXT, max_size=2)
+CALL = st.builds(lambda name, rest: {"function": {"name": name, "arguments": rest}}, TEXT, OBJECT)
 RECORDS = st.builds(
     SFTRecord,
     messages=st.lists(
@@ -49,7 +50,7 @@ RECORDS = st.builds(
             role=st.just("assistant"),
             content=TEXT,
             reasoning_content=st.none() | TEXT.filter(bool),
-            tool_calls=st.none() | st.tuples(OBJECT.map(lambda o: {"function": o})),
+            tool_calls=st.none() | st.tuples(CALL),
         ),
         min_size=1,
         max_size=3,

@@ -11,9 +11,10 @@ from hypothesis import given
 
 from tests.chat_records import records
 from verl_sft.records.convert import per_turn
-from verl_sft.records.parse import BadRowError, ReadOptions
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.read import find_format
 from verl_sft.records.schema import SFTRecord
+from verl_sft.records.values import BadRowError
 from verl_sft.types import Message
 
 FORMAT = find_format("alpaca")

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 
 from tests.chat_records import records
-from verl_sft.records.parse import BadRowError, ReadOptions
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.read import find_format, read_records
 from verl_sft.records.schema import SFTRecord
+from verl_sft.records.values import BadRowError
 from verl_sft.types import Message
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "get_order", "arguments": "{}"}}

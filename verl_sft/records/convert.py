@@ -15,10 +15,11 @@ from pathlib import Path
 from verl_sft.errors import UsageError
 from verl_sft.records.build import record_id
 from verl_sft.records.io import csv_writer, parquet_writer
-from verl_sft.records.parse import BadRowError, Reject
+from verl_sft.records.parse import Reject
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.split import split_groups
+from verl_sft.records.values import BadRowError
 from verl_sft.safe_io import content_hash, dump_json, make_output_dir, publishing
 from verl_sft.types import JSON
 

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 from verl_sft.errors import InputError
 from verl_sft.records.columns import CSV_COLUMNS, CSV_SAFE, OWN_COLUMNS, from_cell
-from verl_sft.records.parse import BadRowError, without_nulls
 from verl_sft.records.rows import load_json
+from verl_sft.records.values import BadRowError, without_nulls
 from verl_sft.types import JSON
 
 Row = JSON | BadRowError

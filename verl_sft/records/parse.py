@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_sft.records.rows import load_json, row_to_record
+from verl_sft.records.messages import check_message, check_order, parse_messages
+from verl_sft.records.rows import ColumnError, row_to_record
 from verl_sft.records.schema import SFTRecord
+from verl_sft.records.values import BadRowError, plain, sequence, struct, weight_of
 from verl_sft.types import JSON, Message
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-_LEAVES = frozenset({str, int, float, bool, type(None)})
-WEIGHT_ALIASES = ("loss_mask", "loss", "weight", "loss_weight", "trainable", "train")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,14 +68,6 @@ class ReadOptions:
         return keys == ("prompt_data", "response_data") and own_paths
 
 
-class BadRowError(ValueError):
-    """One row cannot be used; `read_records` turns it into a `Reject`."""
-
-    def __init__(self, field: str, code: str, message: str, fix: str = "") -> None:
-        super().__init__(message)
-        self.field, self.code, self.message, self.fix = field, code, message, fix
-
-
 def parse_own(row: Mapping[str, Any], *, options: ReadOptions) -> SFTRecord:
     """A row of our own schema.
 
@@ -86,10 +76,15 @@ def parse_own(row: Mapping[str, Any], *, options: ReadOptions) -> SFTRecord:
     """
     try:
         record = row_to_record(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ColumnError as error:
         raise BadRowError(
-            "messages_json", "BAD_VALUE", f"the row does not follow the schema: {error}"
+            error.column, "BAD_VALUE", f"not what the column holds: {error}"
         ) from error
+    if not record.messages:
+        raise BadRowError("messages_json", "EMPTY", "the list of messages is empty")
+    for index, message in enumerate(record.messages):
+        check_message(message, "messages_json", index)
+    check_order(record.messages, "messages_json")
     _check_supervised(record.messages, record.supervise, record.weights)
     if not options.multiturn and record.prompt is None:
         raise BadRowError(
@@ -115,88 +110,32 @@ def parse_verl(row: Mapping[str, Any], *, options: ReadOptions) -> SFTRecord:
         weights = None
     supervise = row.get("supervise")
     if supervise is not None:
-        known["supervise"] = tuple(int(i) for i in _sequence(supervise, "supervise"))
-        given = row.get("weights")
-        known["weights"] = None if given is None else tuple(map(float, _sequence(given, "weights")))
+        known["supervise"] = tuple(_index(i) for i in sequence(supervise, "supervise"))
+        if (given := row.get("weights")) is not None:
+            values = sequence(given, "weights")
+            known["weights"] = tuple(weight_of(v, "weights") for v in values)
     elif weights is not None:
         known["supervise"] = tuple(weights)
-        values = tuple(weights.values())
-        known["weights"] = None if all(v == 1 for v in values) else values
+        numbers = tuple(weights.values())
+        known["weights"] = None if all(v == 1 for v in numbers) else numbers
     elif not options.multiturn:
         known["supervise"] = (len(messages) - 1,)
     _check_supervised(messages, known.get("supervise"), known.get("weights"))
     tools = row.get(options.tools_key)
     if tools is not None:
-        items = _sequence(tools, options.tools_key)
-        known["tools"] = tuple(_struct(t, options.tools_key) for t in items) or None
+        items = sequence(tools, options.tools_key)
+        known["tools"] = tuple(struct(t, options.tools_key) for t in items) or None
     thinking = row.get(options.enable_thinking_key)
     if thinking is not None:
-        known["meta"] = {"enable_thinking": bool(thinking)}
+        known["meta"] = {"enable_thinking": _flag(plain(thinking), options.enable_thinking_key)}
     return SFTRecord(messages=messages, **known)
-
-
-def parse_messages(value: Any, field: str) -> tuple[tuple[Message, ...], dict[int, float] | None]:
-    """Messages in any encoding, and the weight of each learned one where a flag says so.
-
-    Returns:
-        `(messages, weights)`; `weights` maps the index of each learned assistant message to its
-        weight, or is None where no message carries one of `WEIGHT_ALIASES`.
-
-    Raises:
-        BadRowError: not a list of messages.
-    """
-    items = _sequence(value, field)
-    if not items:
-        raise BadRowError(field, "EMPTY", "the list of messages is empty")
-    messages: list[Message] = []
-    flags: dict[int, float] = {}
-    for index, item in enumerate(items):
-        where = f"{field}[{index}]"
-        entry = _struct(item, where)
-        messages.append(_message(entry, where))
-        alias = next((a for a in WEIGHT_ALIASES if entry.get(a) is not None), None)
-        if alias is None:
-            continue
-        flags[index] = weight_of(entry[alias], f"{where}.{alias}")
-        if flags[index] > 0 and messages[-1].role != "assistant":
-            raise BadRowError(
-                f"{where}.{alias}",
-                "NOT_ASSISTANT",
-                f"a message of role '{messages[-1].role}' cannot be learned",
-                "Set its weight to 0",
-            )
-    if not flags:
-        return tuple(messages), None
-    turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    return tuple(messages), {i: flags.get(i, 1.0) for i in turns if flags.get(i, 1.0) > 0}
-
-
-def _message(entry: JSON, where: str) -> Message:
-    role = entry.get("role")
-    if role not in ROLES:
-        fix = f"Use one of {', '.join(ROLES)}"
-        raise BadRowError(f"{where}.role", "BAD_ROLE", f"unknown role {role!r:.40}", fix)
-    content = entry.get("content")
-    if content is not None and not isinstance(content, str):
-        if not isinstance(content, list) or not all(isinstance(p, dict) for p in content):
-            kind = type(content).__name__
-            message = f"content is {kind}, not text or a list of parts"
-            raise BadRowError(f"{where}.content", "BAD_TYPE", message)
-    elif content is None and not entry.get("tool_calls") and not entry.get("reasoning_content"):
-        raise BadRowError(f"{where}.content", "NO_TEXT", "the message has no content")
-    calls = entry.get("tool_calls")
-    if isinstance(calls, str):
-        calls = _json(calls, f"{where}.tool_calls")
-    if calls is not None and not isinstance(calls, list):
-        raise BadRowError(f"{where}.tool_calls", "BAD_TYPE", "tool_calls is not a list")
-    return Message.from_json({**entry, "tool_calls": calls or None})
 
 
 def _pair(row: Mapping[str, Any], options: ReadOptions) -> tuple[tuple[Message, ...], Any, str]:
     prompt = _walk(row.get(options.prompt_key), options.prompt_key, options.prompt_dict_keys)
     answer = _walk(row.get(options.response_key), options.response_key, options.response_dict_keys)
     if isinstance(answer, list) and answer:
-        answer = _struct(answer[-1], options.response_key).get("content")
+        answer = struct(answer[-1], options.response_key).get("content")
     if not isinstance(answer, str):
         raise BadRowError(options.response_key, "NO_TEXT", "the response is not text")
     last = Message(role="assistant", content=answer)
@@ -260,63 +199,15 @@ def _check_supervised(
         weight_of(value, "weights")
 
 
-def weight_of(value: Any, field: str) -> float:
-    """A loss weight given as a number or a flag.
-
-    Raises:
-        BadRowError: it is neither, or negative.
-    """
-    if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
-        fix = "Use true, false or a number of at least 0"
-        raise BadRowError(field, "BAD_WEIGHT", f"{value!r:.40} is not a weight", fix)
-    return float(value)
-
-
-def _sequence(value: Any, field: str) -> list[Any]:
-    value = plain(value)
-    if isinstance(value, str):
-        value = _json(value, field)
-    if not isinstance(value, list):
-        raise BadRowError(field, "NOT_A_LIST", f"expected a list, found {type(value).__name__}")
+def _index(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise BadRowError("supervise", "BAD_INDEX", f"{value!r:.40} is not an index")
     return value
 
 
-def _struct(value: Any, field: str) -> JSON:
-    if isinstance(value, str):
-        value = _json(value, field)
-    if not isinstance(value, dict):
-        raise BadRowError(field, "BAD_TYPE", f"expected an object, found {type(value).__name__}")
-    return value
-
-
-def _json(text: str, field: str) -> Any:
-    try:
-        return load_json(text)
-    except ValueError as error:
-        raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
-
-
-def plain(value: Any) -> Any:
-    """Numpy values as Python ones, tuples as lists."""
-    if type(value) in _LEAVES:  # nearly all values
-        return value
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    return value
-
-
-def without_nulls(value: Any) -> Any:
-    """As `plain`, and without the nulls of structs: Arrow invents them for other rows' keys."""
-    if type(value) in _LEAVES:
-        return value
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {k: without_nulls(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list | tuple):
-        return [without_nulls(v) for v in value]
-    return value
+def _flag(value: Any, field: str) -> bool:
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if isinstance(value, bool) or value in (0, 1):
+        return bool(value)
+    raise BadRowError(field, "BAD_TYPE", f"{value!r:.40} is neither true nor false")

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from verl_sft.errors import InputError
 from verl_sft.records.files import Row, open_rows
-from verl_sft.records.parse import BadRowError, ReadOptions, Reject
+from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.custom import custom_format
+from verl_sft.records.values import BadRowError
 from verl_sft.registry import SOURCES, resolve
 from verl_sft.types import JSON
 

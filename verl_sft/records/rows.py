@@ -22,6 +22,9 @@ _FIELDS = {
 }
 
 
+_OTHERS = tuple(c for c in COLUMNS if c not in ("messages", "messages_json"))
+
+
 def record_to_row(record: SFTRecord) -> JSON:
     """The record as `{column: value}`, ready for Arrow; floats are rounded to float32.
 
@@ -44,20 +47,30 @@ def record_to_row(record: SFTRecord) -> JSON:
     return {column: row[column] for column in COLUMNS}
 
 
-def row_to_record(row: Mapping[str, Any], *, source: str = "") -> SFTRecord:
+class ColumnError(ValueError):
+    """The value of one column cannot be read."""
+
+    def __init__(self, column: str, message: str) -> None:
+        super().__init__(message)
+        self.column = column
+
+
+def row_to_record(row: Mapping[str, Any]) -> SFTRecord:
     """The inverse of `record_to_row`; columns that are not there take their defaults.
 
     Raises:
-        KeyError: `messages_json` is missing.
-        ValueError: a JSON column does not hold JSON, or a value has the wrong type.
+        ColumnError: a column does not hold JSON where it should, or a value of the wrong type.
     """
-    known: JSON = {"source": source}
-    known["messages"] = tuple(Message.from_json(m) for m in load_json(row["messages_json"]))
-    for column in COLUMNS:
-        value = row.get(column)
-        if value is None or column in ("messages", "messages_json"):
-            continue
-        known[_FIELDS.get(column, column)] = _decode(column, value)
+    known: JSON = {}
+    column = "messages_json"
+    try:
+        known["messages"] = tuple(Message.from_json(m) for m in load_json(row.get(column)))
+        for column in _OTHERS:
+            value = row.get(column)
+            if value is not None:
+                known[_FIELDS.get(column, column)] = _decode(column, value)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ColumnError(column, str(error) or type(error).__name__) from error
     return SFTRecord(**known)
 
 
@@ -134,9 +147,9 @@ def _decode(column: str, value: Any) -> Any:
     if column in ("reward_model", "extra_info", "meta_json"):
         return _object(value)
     if column == "tools_json":
-        return tuple(load_json(value))
+        return tuple(map(_as_object, _listed(load_json(value))))
     if column in ("supervise", "weights"):
-        return tuple(value)
+        return tuple(map(int if column == "supervise" else float, _listed(value)))
     if column in ("prompt_data", "response_data"):
         content = value["content"] if isinstance(value, Mapping) else value
         return None if content is None else unescape(content)
@@ -147,12 +160,25 @@ def _decode(column: str, value: Any) -> Any:
         # pandas turns nulls into NaN; a reward that is not known is None here
         return None if math.isnan(value) and column == "reward" else float(value)
     if kind == "bool":
-        return bool(value)
+        if not isinstance(value, bool):
+            raise ValueError(f"expected true or false, found {value!r:.40}")
+        return value
+    if isinstance(value, float) and value != int(value):
+        raise ValueError(f"expected a whole number, found {value}")
     return int(value)
 
 
 def _object(text: Any) -> JSON:
-    value = load_json(text)
+    return _as_object(load_json(text))
+
+
+def _as_object(value: Any) -> JSON:
     if not isinstance(value, dict):
-        raise ValueError("expected a JSON object")
+        raise ValueError(f"expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def _listed(value: Any) -> list[Any]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list, found {type(value).__name__}")
+    return list(value)

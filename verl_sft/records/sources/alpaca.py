@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from verl_sft.records.parse import BadRowError, ReadOptions
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import load_json, message_text
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -22,6 +22,7 @@ from verl_sft.records.sources.shared import (
     tools_of,
     tools_text,
 )
+from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON, Message
 
 COLUMNS = {

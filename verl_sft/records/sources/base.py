@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from verl_sft.records.parse import BadRowError, ReadOptions
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
+from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON
 
 

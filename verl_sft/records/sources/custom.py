@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from verl_sft.errors import UsageError
-from verl_sft.records.parse import BadRowError, ReadOptions
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.own import OWN
 from verl_sft.records.sources.verl import VERL
+from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON
 
 

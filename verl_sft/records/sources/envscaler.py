@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from verl_sft.records.parse import BadRowError, ReadOptions, parse_messages
+from verl_sft.records.messages import parse_messages
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import (
@@ -18,6 +19,7 @@ from verl_sft.records.sources.shared import (
     tools_of,
     tools_text,
 )
+from verl_sft.records.values import BadRowError
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON
 

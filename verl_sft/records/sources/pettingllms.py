@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from verl_sft.records.parse import BadRowError, ReadOptions, parse_messages
+from verl_sft.records.messages import parse_messages
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import (
@@ -16,6 +17,7 @@ from verl_sft.records.sources.shared import (
     object_of,
     tools_of,
 )
+from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON
 
 _NAME = "pettingllms"  # in `meta`: the metadata that has no column

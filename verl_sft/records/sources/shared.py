@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from verl_sft.records.parse import BadRowError
 from verl_sft.records.rows import load_json, message_text, record_to_row, row_to_record
 from verl_sft.records.schema import COLUMNS, SFTRecord
+from verl_sft.records.values import BadRowError
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Message
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from verl_sft.records.parse import WEIGHT_ALIASES, BadRowError, ReadOptions, weight_of
+from verl_sft.records.messages import WEIGHT_ALIASES
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import load_json, message_text
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -24,6 +25,7 @@ from verl_sft.records.sources.shared import (
     tools_of,
     tools_text,
 )
+from verl_sft.records.values import BadRowError, weight_of
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Message
 

@@ -10,10 +10,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from verl_sft.records.parse import ROLES, BadRowError, ReadOptions, parse_messages
+from verl_sft.records.messages import parse_message, parse_messages
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
+from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON, Message
 
 _EPISODE = {"history", "reward", "data"}
@@ -45,7 +47,7 @@ def _episodes(
         field = f"{where}.data[{attempt}]"
         data = object_of(value, field)
         items = _list(data.get("messages"), f"{field}.messages")
-        messages = [_message(item, f"{field}.messages[{i}]") for i, item in enumerate(items)]
+        messages = [_message(item, f"{field}.messages", i) for i, item in enumerate(items)]
         if not any(m.role == "assistant" for m in messages):
             raise BadRowError(f"{field}.messages", "NO_ASSISTANT", "no answer to learn")
         turns = _numbers(rewards, attempt)
@@ -63,18 +65,16 @@ def _episodes(
         )
 
 
-def _message(value: Any, where: str) -> Message:
+def _message(value: Any, field: str, index: int) -> Message:
+    where = f"{field}[{index}]"
     entry = object_of(value, where)
     role, content = entry.get("role"), entry.get("content")
-    if role not in ROLES:
-        raise BadRowError(f"{where}.role", "BAD_ROLE", f"unknown role {role!r:.40}")
     if role == "assistant" and isinstance(content, dict):
         if not isinstance(content.get("name"), str):
             raise BadRowError(f"{where}.content", "BAD_CALL", "a call needs a name and arguments")
         call = {"name": content["name"], "arguments": content.get("arguments", {})}
         return Message("assistant", None, tool_calls=({"type": "function", "function": call},))
-    (message,), _ = parse_messages([entry], where)
-    return message
+    return parse_message(entry, field, index)
 
 
 def _list(value: Any, field: str) -> list[Any]:

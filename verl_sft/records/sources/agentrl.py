@@ -1,0 +1,247 @@
+"""AgentRL's RecordData and DBRecordData: messages, and maps from message index to figures.
+
+The learned messages are the keys of `advantages`. Maps come as objects with text keys, as lists of
+pairs (Arrow maps) or as JSON text. A row without advantages teaches all its answers, and says so
+in `meta`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from verl_sft.records.build import opening_hash
+from verl_sft.records.parse import BadRowError, ReadOptions, parse_messages, plain
+from verl_sft.records.rows import float32, load_json
+from verl_sft.records.schema import SFTRecord
+from verl_sft.records.sources.base import SourceFormat
+from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
+from verl_sft.types import JSON, Message
+
+NO_ADVANTAGES = "no advantages: every answer is learned"
+NOTE = "note"  # in `meta`: what reading decided where the row leaves it open
+_NAME = "agentrl"  # in `meta`: the fields of the row, where the columns do not say them
+_MAPS = ("scores", "advantages", "created_at_step", "logprobs")
+_REST = ("reward", "step", "record_id", "split", "fetched", "_id")
+_FIELDS = "message_fields"  # in `_NAME`: what a message holds that has no field of its own
+_KNOWN = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+
+
+def _detect(row: JSON) -> bool:
+    return "messages" in row and ("advantages" in row or {"scores", "created_at_step"} <= row.keys())
+
+
+def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
+    entries = [_modern(entry) for entry in _entries(row.get("messages"))]
+    messages, flags = parse_messages(entries, "messages")
+    if not any(m.role == "assistant" for m in messages):
+        raise BadRowError("messages", "NO_ASSISTANT", "there is no assistant message to learn")
+    own = _own_fields(row, entries)
+    kept = object_of(row.get(KEY), KEY)
+    columns, meta = _columns(own, messages), {}
+    advantages = _checked(own.get("advantages") or {}, messages)
+    if not advantages and flags is None:
+        meta[NOTE] = NO_ADVANTAGES
+    kept = kept | _learned(advantages, flags, kept, messages=messages, options=options)
+    record = from_extras(
+        {**columns, **kept}, messages=messages, tools=tools_of(row.get("tools"), "tools")
+    )
+    if own != _own(record):
+        meta[_NAME] = own
+    return (replace(record, meta={**record.meta, **meta}) if meta else record,)
+
+
+def _write(record: SFTRecord) -> Iterable[JSON]:
+    learned = _answers(record.messages) if record.supervise is None else record.supervise
+    if not learned:
+        raise BadRowError("supervise", "NOTHING_LEARNED", "the record teaches nothing")
+    own = record.meta.get(_NAME)
+    own = dict(own) if isinstance(own, dict) else _own(record)
+    given = own.get("advantages")
+    if given or record.supervise is not None:  # the map is what AgentRL learns by
+        before = given if isinstance(given, dict) else {}
+        own["advantages"] = {str(i): before.get(str(i), 1.0) for i in sorted(learned)}
+    messages = [m.to_json() for m in record.messages]
+    for index, more in object_of(own.pop(_FIELDS, None), _FIELDS).items():
+        if index.isdecimal() and int(index) < len(messages):
+            messages[int(index)] = {**more, **messages[int(index)]}
+    tools = None if record.tools is None else list(record.tools)
+    row: JSON = {"messages": messages, "tools": tools, **own}
+    (again,) = _read(row, ReadOptions(multiturn=True))
+    return (row | added(record, read_back=again),)
+
+
+def _entries(value: Any) -> list[Any]:
+    value = plain(value)
+    if isinstance(value, str):
+        value = _json(value, "messages")
+    if not isinstance(value, list):
+        raise BadRowError(
+            "messages", "NOT_A_LIST", f"expected a list, found {type(value).__name__}"
+        )
+    return value
+
+
+def _modern(entry: Any) -> Any:
+    """A message with OpenAI's old `function_call` as the tool call that it is."""
+    old = entry.get("function_call") if isinstance(entry, dict) else None
+    if not isinstance(old, dict) or entry.get("tool_calls"):
+        return entry
+    rest = {k: v for k, v in entry.items() if k != "function_call"}
+    return rest | {"tool_calls": [{"type": "function", "function": old}]}
+
+
+def _own_fields(row: JSON, entries: Sequence[Any]) -> JSON:
+    """The fields of the row as JSON: maps in the order of their keys, which are text."""
+    own: JSON = {}
+    for name in _MAPS:
+        if name in row:
+            value = index_map(row[name], name, size=len(entries))
+            own[name] = value if value is None else {str(i): value[i] for i in sorted(value)}
+    own |= {name: plain(row[name]) for name in _REST if name in row}
+    for name, kinds in (("reward", int | float), ("step", int)):
+        if own.get(name) is not None and not _is_number(own[name], kinds):
+            raise BadRowError(name, "BAD_VALUE", f"{own[name]!r:.40} is not a number")
+    more = {
+        str(i): {k: v for k, v in entry.items() if k not in _KNOWN and v is not None}
+        for i, entry in enumerate(entries)
+        if isinstance(entry, dict)
+    }
+    if more := {i: fields for i, fields in more.items() if fields}:
+        own[_FIELDS] = more
+    return own
+
+
+def index_map(value: Any, field: str, *, size: int) -> dict[int, Any] | None:
+    """A map from message index to anything, in any encoding; None stays None.
+
+    Raises:
+        BadRowError: it is no map, or a key is not the index of one of `size` messages.
+    """
+    value = plain(value)
+    if isinstance(value, str):
+        value = _json(value, field)
+    if value is None:
+        return None
+    pairs = value.items() if isinstance(value, dict) else _pairs(value, field)
+    found: dict[int, Any] = {}
+    for key, item in pairs:
+        where = f"{field}.{key}"
+        if isinstance(key, str) and key.isascii() and key.isdecimal():
+            key = int(key[:20])
+        if not _is_number(key, int):
+            raise BadRowError(where, "BAD_INDEX", f"{key!r:.40} is not the index of a message")
+        if not 0 <= key < size:
+            raise BadRowError(where, "BAD_INDEX", f"there are {size} messages, from 0")
+        if key in found:
+            raise BadRowError(where, "REPEATED_INDEX", f"index {key} stands there twice")
+        found[key] = item
+    return found
+
+
+def _pairs(value: Any, field: str) -> list[tuple[Any, Any]]:
+    """An Arrow map: a list of [key, value], or of {key, value}."""
+    found = []
+    for pair in value if isinstance(value, list) else [value]:
+        if isinstance(pair, dict) and "key" in pair and pair.keys() <= {"key", "value"}:
+            found.append((pair["key"], pair.get("value")))
+        elif isinstance(pair, list) and len(pair) == 2:
+            found.append((pair[0], pair[1]))
+        else:
+            kind = type(value).__name__
+            raise BadRowError(field, "NOT_A_MAP", f"expected a map by message index, found {kind}")
+    return found
+
+
+def _checked(advantages: Mapping[str, Any], messages: Sequence[Message]) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for key, value in advantages.items():
+        where, index = f"advantages.{key}", int(key)
+        if not _is_number(value, int | float):
+            raise BadRowError(where, "BAD_VALUE", f"{value!r:.40} is not a finite number")
+        if messages[index].role != "assistant":
+            text = f"message {index} is of role '{messages[index].role}', which is not learned"
+            raise BadRowError(where, "NOT_ASSISTANT", text)
+        found[index] = float(value)
+    return found
+
+
+def _learned(
+    advantages: Mapping[int, float],
+    flags: Mapping[int, float] | None,
+    kept: JSON,
+    *,
+    messages: Sequence[Message],
+    options: ReadOptions,
+) -> JSON:
+    """`supervise` and `weights`: by advantages and flags; as kept where that says the same."""
+    low, drop_zero = options.minimal_advantage, bool(options.drop_zero_advantage)
+    chosen = sorted(advantages) or _answers(messages)
+    supervise, weights = kept.get("supervise", chosen), kept.get("weights")
+    if sorted(_answers(messages) if supervise is None else supervise) != chosen:
+        supervise, weights = chosen, None  # the map was edited: it is what counts
+    if weights is None and flags is not None:
+        weights = [flags.get(i, 0.0) for i in chosen]
+        supervise = chosen
+    small = {i for i, a in advantages.items() if (low is not None and a < low)}
+    small |= {i for i, a in advantages.items() if drop_zero and a == 0}
+    if weights is not None and flags is not None:
+        small |= {i for i in chosen if i not in flags}
+    if small >= set(chosen):
+        fix = "Set data.agentrl.drop_zero_advantage=false or data.agentrl.minimal_advantage=null"
+        raise BadRowError("advantages", "NOTHING_LEARNED", "no answer is left to learn", fix)
+    if not advantages and flags is None and "supervise" not in kept:
+        supervise = None
+    if small:
+        places = [n for n, i in enumerate(supervise or chosen) if i not in small]
+        supervise = [(supervise or chosen)[n] for n in places]
+        weights = None if weights is None else [weights[n] for n in places]
+    return {"supervise": supervise, "weights": weights}
+
+
+def _columns(own: JSON, messages: Sequence[Message]) -> JSON:
+    """The columns that the fields say: a record of AgentRL is a trajectory, ours an episode."""
+    found: JSON = {"group_id": opening_hash(messages)}
+    if own.get("reward") is not None:
+        found["reward"] = float(own["reward"])
+    if own.get("record_id") is not None:
+        found["episode_id"] = str(own["record_id"])
+    return found
+
+
+def _own(record: SFTRecord) -> JSON:
+    """The fields of a row as far as the columns of a record say them."""
+    learned = _answers(record.messages) if record.supervise is None else sorted(record.supervise)
+    reward = None if record.reward is None else float32(record.reward)
+    score = 1.0 if reward is None else reward
+    return {
+        "scores": {str(i): score for i in learned},
+        "advantages": {str(i): 1.0 for i in learned},
+        "created_at_step": {str(i): 0 for i in learned},
+        "logprobs": {str(i): None for i in learned},
+        "reward": score,
+        "step": -1,
+        "record_id": record.episode_id or None,
+    }
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [i for i, m in enumerate(messages) if m.role == "assistant"]
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _json(text: str, field: str) -> Any:
+    try:
+        return load_json(text)
+    except ValueError as error:
+        raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
+
+
+AGENTRL = SourceFormat(
+    "agentrl", "AgentRL RecordData: messages and maps by message index", _detect, _read, _write
+)
