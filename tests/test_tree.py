@@ -252,13 +252,11 @@ def apart(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, An
     return {rank: train(model, folder / f"{rank}", lora=rank, sharing="false") for rank in (0, 4)}
 
 
-def train(
-    model: Path, out: Path, *, lora: int, sharing: str, size: int = 1, steps: int | None = None
-) -> Any:
+def train(model: Path, out: Path, *, lora: int, sharing: str, size: int = 1, **changes: Any) -> Any:
     config = toy_config(
         model, out, model__lora_rank=lora, data__prefix_sharing=sharing, data__max_length=128,
         data__max_token_len_per_gpu=256, data__train_batch_size=8, trainer__total_epochs=1,
-        optim__lr=3e-4, optim__lr_scheduler="constant", trainer__total_training_steps=steps,
+        optim__lr=3e-4, optim__lr_scheduler="constant", **changes,
     )  # fmt: skip
     store, val = conversations(6, 6), conversations(3, 4, seed=7)
     reports = run_ranks(config, size=size, train=store, val=val)
@@ -279,9 +277,18 @@ def test_sharing_is_the_same_trajectory(
     assert found[:, 2].sum() < 0.7 * expected[:, 2].sum()
 
 
+def test_slices_of_a_tree(model: Path, apart: dict[int, Any], tmp_path: Path) -> None:
+    """Two ranks that share each sequence (Ulysses) compute trees as one rank does samples."""
+    slices = {"ulysses_sequence_parallel_size": 2}
+    found = train(model, tmp_path / "run", lora=0, sharing="true", size=2, **slices)
+    assert np.abs(found[:, 0] - apart[0][:, 0]).max() < 1e-6
+    assert np.abs(found[:, 1] - apart[0][:, 1]).max() < 1e-5
+    assert found[:, 2].sum() < 0.7 * apart[0][:, 2].sum()
+
+
 def test_a_run_goes_on_without_sharing(model: Path, apart: dict[int, Any], tmp_path: Path) -> None:
     """Batches are the same, so a run that began with sharing is continued without it."""
-    train(model, tmp_path / "run", lora=0, sharing="auto", steps=2)
+    train(model, tmp_path / "run", lora=0, sharing="auto", trainer__total_training_steps=2)
     found = train(model, tmp_path / "run", lora=0, sharing="false")
     assert np.abs(found[:, 0] - apart[0][:, 0]).max() < 1e-6
     assert found[1, 2] < apart[0][1, 2] and found[2, 2] == apart[0][2, 2]
