@@ -18,7 +18,7 @@ from verl_sft.model.tree_attention import register_tree_attention
 from verl_sft.model.ulysses import check_heads, probe_slices, register_ulysses
 from verl_sft.trainer.inputs import Inputs, make_plan
 from verl_sft.trainer.optim import make_optimizer
-from verl_sft.trainer.self_checks import require, self_checks
+from verl_sft.trainer.self_checks import require_checks
 from verl_sft.trainer.sft_trainer import SFTTrainer
 from verl_sft.trainer.sharing import prove_sharing, without_sharing
 from verl_sft.trainer.weights import check_start, fill, wants_meta
@@ -82,20 +82,11 @@ def assemble(
             print(line, flush=True)
     reshard(model)
     optimizer = make_optimizer(model, config=config.optim, shard_size=world.shard_size)
-    checks = self_checks(
-        config,
-        world=world,
-        model=model,
-        optimizer=optimizer,
-        report=getattr(inputs.train, "report", None),
-        attention=attention,
-        dtype=dtype,
-        apart=apart,
-    )
-    if world.is_main:
-        print("\n".join(map(str, checks)), flush=True)
-    with together(world):
-        require(checks)
+    report = getattr(inputs.train, "report", None)
+    require_checks(
+        config, world=world, model=model, optimizer=optimizer, report=report,
+        attention=attention, dtype=dtype, apart=apart,
+    )  # fmt: skip
     trainer = SFTTrainer(
         config,
         world=world,

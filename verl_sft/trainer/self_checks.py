@@ -18,7 +18,7 @@ from verl_sft.data.collate import collate
 from verl_sft.data.sample import TokenizedSample, make_sample
 from verl_sft.data.slice import slice_batch
 from verl_sft.data.store import LoadReport
-from verl_sft.distributed.reduce import sum_over_ranks
+from verl_sft.distributed.reduce import sum_over_ranks, together
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import reshard
 from verl_sft.errors import UsageError
@@ -75,6 +75,19 @@ def self_checks(
         check_trained(config, model=model, optimizer=optimizer),
         check_accumulation(together, alone=alone, half=dtype is not torch.float32),
     ]
+
+
+def require_checks(config: TrainConfig, *, world: World, **facts: Any) -> None:
+    """Make, print and require all checks; `facts` are those of `self_checks`.
+
+    Raises:
+        UsageError: on every rank, if a check failed on any.
+    """
+    checks = self_checks(config, world=world, **facts)
+    if world.is_main:
+        print("\n".join(map(str, checks)), flush=True)
+    with together(world):
+        require(checks)
 
 
 def require(checks: Sequence[Check]) -> None:
