@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.shapes import MemoryStore, dialogues, pad_tokenizer
+from benchmarks.shapes import MemoryStore, dialogues, model_config, pad_tokenizer
 from verl_sft.data.plan import plan_epoch
 from verl_sft.data.sample import TokenizedSample
 
@@ -212,6 +212,12 @@ def _model(job: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
+    if "shape" in job:  # random weights, where they are computed with
+        with torch.device(job["device"]):
+            config = model_config(job["shape"], positions=job["longest"] + 1)
+            return AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, attn_implementation=job["attention"]
+            )
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32)
     model.config.use_cache = False
     return model
@@ -229,7 +235,7 @@ def _options(job: dict[str, Any]) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "weight_decay": 0.01,
         "adam_beta2": 0.95,
-        "use_cpu": True,
+        "use_cpu": job.get("device", "cpu") == "cpu",
         "bf16": job["bf16"],
         "logging_steps": 1,
         "save_strategy": "no",

@@ -1,0 +1,1 @@
+"""What one GPU reaches: ceilings, attention, contenders, and this trainer with its levers off."""
