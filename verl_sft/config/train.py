@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.config.sources import AgentRLConfig, MongoConfig, RawConfig
 from verl_sft.errors import UsageError
 
 
@@ -47,6 +48,9 @@ class DataConfig:
     response_dict_keys: list[str] | None = None
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
+    agentrl: AgentRLConfig = field(default_factory=AgentRLConfig)
+    raw: RawConfig = field(default_factory=RawConfig)
+    mongo: MongoConfig = field(default_factory=MongoConfig)
     prompt_weight: float = 0.0  # of the tokens outside assistant messages; 0: context only
     turn_view: str = "auto"  # auto | single_pass | per_turn | last | indices
     history_thinking: str = "template"  # template | keep | strip
@@ -158,7 +162,7 @@ class OptimConfig:
 
     optimizer: str = "AdamW"  # a class of optimizer_impl, in any case
     optimizer_impl: str = "torch.optim"  # torchao.optim | bitsandbytes.optim | pytorch_optimizer
-    override_optimizer_config: dict[str, Any] | None = None  # further arguments of the class
+    override_optimizer_config: dict[str, Any] | None = field(default_factory=dict)  # more arguments
     fused: bool = True  # one kernel for the whole update, where the class has it
     loraplus_lr_ratio: float | None = None  # LoRA+: B matrices learn so many times as fast
     lr: float = 1e-5

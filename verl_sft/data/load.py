@@ -230,6 +230,11 @@ def read_options(config: DataConfig) -> ReadOptions:
         enable_thinking_key=config.multiturn.enable_thinking_key,
         format=config.format,
         mask_history=config.mask_history,
+        drop_zero_advantage=config.agentrl.drop_zero_advantage,
+        minimal_advantage=config.agentrl.minimal_advantage,
+        rows=config.raw.rows,
+        prompt=config.raw.prompt,
+        history_length=config.raw.history_length,
     )
 
 

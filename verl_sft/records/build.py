@@ -48,6 +48,16 @@ def record_id(record: SFTRecord) -> str:
     )
 
 
+def opening_hash(messages: Sequence[Message]) -> str:
+    """A hash of the messages before the first answer: attempts at one task share it."""
+    opening = []
+    for message in messages:
+        if message.role == "assistant":
+            break
+        opening.append(message.to_json())
+    return content_hash(opening)
+
+
 def _step_rows(episode: Episode, template: PromptTemplate) -> Iterator[SFTRecord]:
     for position, step in enumerate(episode.steps):
         if step.weight <= 0:

@@ -49,6 +49,11 @@ class ReadOptions:
     columns: tuple[tuple[str, str], ...] = ()  # of a data set: (role of the column, its name)
     tags: tuple[tuple[str, str], ...] = ()  # ShareGPT keys and role names that differ
     mask_history: bool | None = None  # learn the last answer only; None: as the format has it
+    drop_zero_advantage: bool | None = None  # of AgentRL; None: as the format has it
+    minimal_advantage: float | None = None
+    rows: str = "step"  # of raw episodes: step | episode
+    prompt: str = ""  # template of their prompts; empty: as they were made
+    history_length: int | None = None  # of windowed prompts; None: as they were made
 
     @property
     def names_columns(self) -> bool:

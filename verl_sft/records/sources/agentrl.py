@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import Any
 
 from verl_sft.records.build import opening_hash
-from verl_sft.records.parse import BadRowError, ReadOptions, parse_messages, plain
-from verl_sft.records.rows import float32, load_json
+from verl_sft.records.messages import parse_messages
+from verl_sft.records.parse import ReadOptions
+from verl_sft.records.rows import float32
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
+from verl_sft.records.values import BadRowError, json_of, plain, sequence
 from verl_sft.types import JSON, Message
 
 NO_ADVANTAGES = "no advantages: every answer is learned"
@@ -30,17 +32,20 @@ _KNOWN = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", 
 
 
 def _detect(row: JSON) -> bool:
-    return "messages" in row and ("advantages" in row or {"scores", "created_at_step"} <= row.keys())
+    return "messages" in row and (
+        "advantages" in row or {"scores", "created_at_step"} <= row.keys()
+    )
 
 
 def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
-    entries = [_modern(entry) for entry in _entries(row.get("messages"))]
+    entries = [_modern(entry) for entry in sequence(row.get("messages"), "messages")]
     messages, flags = parse_messages(entries, "messages")
     if not any(m.role == "assistant" for m in messages):
         raise BadRowError("messages", "NO_ASSISTANT", "there is no assistant message to learn")
     own = _own_fields(row, entries)
     kept = object_of(row.get(KEY), KEY)
-    columns, meta = _columns(own, messages), {}
+    columns = _columns(own, messages)
+    meta: JSON = {}
     advantages = _checked(own.get("advantages") or {}, messages)
     if not advantages and flags is None:
         meta[NOTE] = NO_ADVANTAGES
@@ -71,17 +76,6 @@ def _write(record: SFTRecord) -> Iterable[JSON]:
     row: JSON = {"messages": messages, "tools": tools, **own}
     (again,) = _read(row, ReadOptions(multiturn=True))
     return (row | added(record, read_back=again),)
-
-
-def _entries(value: Any) -> list[Any]:
-    value = plain(value)
-    if isinstance(value, str):
-        value = _json(value, "messages")
-    if not isinstance(value, list):
-        raise BadRowError(
-            "messages", "NOT_A_LIST", f"expected a list, found {type(value).__name__}"
-        )
-    return value
 
 
 def _modern(entry: Any) -> Any:
@@ -122,7 +116,7 @@ def index_map(value: Any, field: str, *, size: int) -> dict[int, Any] | None:
     """
     value = plain(value)
     if isinstance(value, str):
-        value = _json(value, field)
+        value = json_of(value, field)
     if value is None:
         return None
     pairs = value.items() if isinstance(value, dict) else _pairs(value, field)
@@ -130,7 +124,7 @@ def index_map(value: Any, field: str, *, size: int) -> dict[int, Any] | None:
     for key, item in pairs:
         where = f"{field}.{key}"
         if isinstance(key, str) and key.isascii() and key.isdecimal():
-            key = int(key[:20])
+            key = int(key[:20])  # a longer number is out of range all the same
         if not _is_number(key, int):
             raise BadRowError(where, "BAD_INDEX", f"{key!r:.40} is not the index of a message")
         if not 0 <= key < size:
@@ -177,28 +171,37 @@ def _learned(
     options: ReadOptions,
 ) -> JSON:
     """`supervise` and `weights`: by advantages and flags; as kept where that says the same."""
-    low, drop_zero = options.minimal_advantage, bool(options.drop_zero_advantage)
-    chosen = sorted(advantages) or _answers(messages)
-    supervise, weights = kept.get("supervise", chosen), kept.get("weights")
-    if sorted(_answers(messages) if supervise is None else supervise) != chosen:
-        supervise, weights = chosen, None  # the map was edited: it is what counts
+    answers = _answers(messages)
+    chosen = [i for i in sorted(advantages) or answers if flags is None or i in flags]
+    supervise = kept.get("supervise", chosen if advantages or flags is not None else None)
+    weights = kept.get("weights")
+    order = answers if supervise is None else supervise
+    if not _is_order_of(order, chosen):  # the map was edited: it is what counts
+        supervise, order, weights = chosen, chosen, None
     if weights is None and flags is not None:
-        weights = [flags.get(i, 0.0) for i in chosen]
-        supervise = chosen
-    small = {i for i, a in advantages.items() if (low is not None and a < low)}
-    small |= {i for i, a in advantages.items() if drop_zero and a == 0}
-    if weights is not None and flags is not None:
-        small |= {i for i in chosen if i not in flags}
-    if small >= set(chosen):
+        values = [flags[i] for i in order]
+        weights = None if all(v == 1 for v in values) else values
+    elif not isinstance(weights, list) or len(weights) != len(order):
+        weights = None
+    low = options.minimal_advantage
+    small = {i for i, a in advantages.items() if low is not None and a < low}
+    small |= {i for i, a in advantages.items() if options.drop_zero_advantage and a == 0}
+    left = [n for n, i in enumerate(order) if i not in small]
+    if not left:
         fix = "Set data.agentrl.drop_zero_advantage=false or data.agentrl.minimal_advantage=null"
         raise BadRowError("advantages", "NOTHING_LEARNED", "no answer is left to learn", fix)
-    if not advantages and flags is None and "supervise" not in kept:
-        supervise = None
-    if small:
-        places = [n for n, i in enumerate(supervise or chosen) if i not in small]
-        supervise = [(supervise or chosen)[n] for n in places]
-        weights = None if weights is None else [weights[n] for n in places]
+    if len(left) < len(order):
+        supervise = [order[n] for n in left]
+        weights = None if weights is None else [weights[n] for n in left]
     return {"supervise": supervise, "weights": weights}
+
+
+def _is_order_of(value: Any, chosen: Sequence[int]) -> bool:
+    return (
+        isinstance(value, list)
+        and all(type(i) is int for i in value)
+        and sorted(value) == list(chosen)
+    )
 
 
 def _columns(own: JSON, messages: Sequence[Message]) -> JSON:
@@ -233,13 +236,6 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 def _is_number(value: Any, kinds: Any) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _json(text: str, field: str) -> Any:
-    try:
-        return load_json(text)
-    except ValueError as error:
-        raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
 
 
 AGENTRL = SourceFormat(
