@@ -10,6 +10,10 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "liger": ["liger-kernel>=0.5"],
     "mongo": ["pymongo>=4.8"],
+    "wandb": ["wandb>=0.17"],
+    "mlflow": ["mlflow>=2.10"],
+    "trackio": ["trackio>=0.3"],
+    "swanlab": ["swanlab>=0.4"],
     "ray": ["ray>=2.40"],
     "dev": [
         "pytest>=8",

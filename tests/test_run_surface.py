@@ -148,6 +148,14 @@ def test_console_lines_are_thinned(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown == ["1/20", "5/20", "8/20", "16/20", "20/20"]
 
 
+def test_what_is_no_number_is_left_out(tmp_path: Path) -> None:
+    """The loss of a diverged model leaves a gap in the file, not a line that is no JSON."""
+    tracker = Tracker(tmp_path, loggers=[], start_step=0, total_steps=1)
+    tracker.log_step({"step": 1, "train/loss": 2.0, "val/loss": math.nan, "env/x": math.inf})
+    tracker.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [{"step": 1, "train/loss": 2.0}]
+
+
 # The loss in parts.
 
 
@@ -276,6 +284,8 @@ def test_judging_by_hand() -> None:
         (-3.0, 0, False), (-2.95, 1, False), (None, 1, False), (-2.5, 0, False),
         (-2.45, 1, False), (-2.41, 2, True),
     ]  # fmt: skip
+    diverged = judged(progress, metrics={"val/loss": math.nan}, config=config)
+    assert (diverged.score, diverged.bad_validations, diverged.best_score) == (None, 3, -2.5)
     wins = TrainerConfig(best_metric="env/success_rate")
     assert judged(TrainProgress(), metrics={"env/success_rate": 0.3}, config=wins).score == 0.3
 

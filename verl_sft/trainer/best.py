@@ -7,6 +7,7 @@ and a resumed run counts on where it stopped.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,11 +28,13 @@ def judged(
 ) -> TrainProgress:
     """Progress with the score of its step: better than all before by the least difference, or not.
 
-    A step without the metric has no score and changes nothing.
+    A step without the metric has no score and changes nothing; NaN or infinity is no better.
     """
     value = metrics.get(config.best_metric)
-    if value is None or value != value:
+    if value is None:
         return replace(progress, score=None)
+    if not math.isfinite(value):
+        return replace(progress, score=None, bad_validations=progress.bad_validations + 1)
     score = value if higher_is_better(config.best_metric) else -value
     best = progress.best_score
     if best is None or score > best + config.early_stop_min_delta:

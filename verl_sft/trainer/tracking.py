@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,13 @@ class Tracker:
         self._remotes = [Remote(name, info=info, say=self.say) for name in names if info]
 
     def log_step(self, metrics: Metrics) -> None:
-        """Record one optimizer step; it is on disk when this returns."""
-        self._stream.write(json.dumps(dict(metrics), allow_nan=False) + "\n")
+        """Record one optimizer step; it is on disk when this returns.
+
+        What is not a finite number (a validation loss of a model that diverged) has no place in
+        JSON and is left out.
+        """
+        metrics = {k: v for k, v in metrics.items() if not isinstance(v, float) or isfinite(v)}
+        self._stream.write(json.dumps(metrics, allow_nan=False) + "\n")
         self._stream.flush()
         step = int(metrics["step"])
         named = {name: value for name, value in metrics.items() if "/" in name}
@@ -173,6 +179,8 @@ def status(metrics: Metrics) -> str:
     """The line of a step: what is there of loss, gradient, rates, memory, balance and time."""
     shown = (
         ("train/loss", "loss {:.4f}"),
+        ("val/loss", "val {:.4f}"),
+        (SUCCESS, "success {:.1%}"),
         ("train/grad_norm", "grad {:.3f}"),
         ("train/lr", "lr {:.2e}"),
         ("train/tokens_per_second", "{:,.0f} tok/s"),
@@ -185,12 +193,8 @@ def status(metrics: Metrics) -> str:
         ("train/idle", "idle {:.0%}"),
     )
     parts = [text.format(metrics[name]) for name, text in shown if name in metrics]
-    if "train/eta_seconds" in metrics:
-        parts.append(f"eta {_clock(metrics['train/eta_seconds'])}")
-    if "val/loss" in metrics:
-        parts.append(f"val {metrics['val/loss']:.4f}")
-    if SUCCESS in metrics:
-        parts.append(f"success {metrics[SUCCESS]:.1%}")
+    if "train/eta_seconds" in metrics:  # behind the loss: a narrow terminal cuts the end off
+        parts.insert(1, f"eta {_clock(metrics['train/eta_seconds'])}")
     return " ".join(parts)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -108,13 +109,17 @@ def validate(
     reshard(model)
     extra = parts.values() if parts is not None else []
     sums, extra = _split(sum_over_ranks([*sums, *extra], world=world), len(sums))
-    found = {"val/loss": sum(sums[::2]) / sum(sums[1::2])}
+    found = {"val/loss": _ratio(sum(sums[::2]), sum(sums[1::2]))}
     for name, total, weight in zip(sets, sums[::2], sums[1::2], strict=True):
         if name:
-            found[f"val/{name}/loss"] = total / weight
+            found[f"val/{name}/loss"] = _ratio(total, weight)
     if parts is not None:
         found.update(parts.named(extra, prefix="val/"))
     return found
+
+
+def _ratio(total: float, weight: float) -> float:
+    return total / weight if weight else math.nan  # weights of both signs may cancel
 
 
 def _split(values: list[float], size: int) -> tuple[list[float], list[float]]:
