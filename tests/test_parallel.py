@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.train_ranks import run_ranks, steps_of, toy_config, toy_model, toy_store, weights_of
 from verl_sft.data.collate import collate
@@ -30,9 +31,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_once(model: Path, out: Path, *, size: int = 1, **changes: Any) -> Any:
     config = toy_config(model, out, **changes)
     reports = run_ranks(config, size=size, val=toy_store(5, seed=9))
-    assert [r["code"] for r in reports] == [0] * size, reports
+    assert [r["code"] for r in reports] == [0] * size, errors(reports)
     keys = ("train/loss", "train/grad_norm", "train/global_tokens", "train/learned_tokens")
     return np.array(steps_of(config, *keys)), weights_of(out)
+
+
+def errors(reports: list[dict[str, Any]]) -> str:
+    return "\n".join(r.get("error", "killed") for r in reports)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +158,7 @@ def test_slices_halve_the_activations(model: Path, tmp_path: Path) -> None:
             trainer.train_step = wrapped
 
         reports = run_ranks(config, size=size, train=store, hook=measure)
-        assert [r["code"] for r in reports] == [0] * size, reports
+        assert [r["code"] for r in reports] == [0] * size, errors(reports)
         kept[size] = [json.loads((out / f"kept{r}.json").read_text()) for r in range(size)]
     assert max(kept[2]) < 0.6 * kept[1][0], kept
 
@@ -231,3 +236,44 @@ def test_a_model_that_mixes_tokens_elsewhere_is_refused(model: Path, tmp_path: P
         ulysses.ulysses = original
     assert [r["code"] for r in reports] == [2, 2]
     assert "slices of a sequence do not give its logits" in reports[0]["error"]
+
+
+@pytest.mark.parametrize(
+    ("reshard", "gatherings"),
+    [
+        (True, 2 * (2 * 2 + 1)),  # two layers forward and backward, and the rest of the model
+        (False, 2 + 1),
+    ],
+)
+def test_gathered_parameters_are_kept(
+    model: Path, tmp_path: Path, reshard: bool, gatherings: int
+) -> None:
+    """Two micro-batches cost as many all-gathers as the settings promise, and no more."""
+    changes = {"engine__reshard_after_forward": reshard, "data__micro_batch_size_per_gpu": 1}
+    config = toy_config(model, tmp_path / "run", trainer__total_training_steps=1, **changes)
+
+    def count(trainer: Any) -> None:
+        name = "all_gather_single"  # what FSDP calls it since torch 2.13
+        name = name if hasattr(dist, name) else "all_gather_into_tensor"
+        step, gather, found = trainer.train_step, getattr(dist, name), []
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            found.append(1)
+            return gather(*args, **kwargs)
+
+        def wrapped(plan: Any) -> Any:
+            assert plan.num_micro_batches == 2
+            found.clear()
+            outcome = step(plan)
+            (Path(trainer.directory) / "gathers.json").write_text(json.dumps(len(found)))
+            return outcome
+
+        setattr(dist, name, counted)
+        trainer.train_step = wrapped
+
+    store = toy_store(4)
+    for index in range(4):
+        store.samples[index], store.lengths[index] = long_sample(30), 30
+    reports = run_ranks(config, size=2, train=store, hook=count)
+    assert [r["code"] for r in reports] == [0, 0], errors(reports)
+    assert json.loads((tmp_path / "run" / "gathers.json").read_text()) == gatherings
