@@ -23,7 +23,7 @@ from verl_sft.types import JSON
 Row = JSON | BadRowError
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
 _READ_ROWS = 256
-_MOST_LINE_CHARS = 256 << 20  # of one row: more is a broken file or an attack
+_MOST_LINE_BYTES = 128 << 20  # of one row: more is a broken file or an attack
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def _first_byte(stream: IO[bytes]) -> bytes:
 
 def _is_one_object(stream: IO[bytes]) -> bool:
     """Whether a `.json` file is one object, not objects line by line."""
-    first = stream.readline(_MOST_LINE_CHARS)
+    first = stream.readline(_MOST_LINE_BYTES)
     more = any(line.strip() for line in iter(stream.readline, b""))
     stream.seek(0)
     try:
@@ -125,7 +125,12 @@ def _is_one_object(stream: IO[bytes]) -> bool:
 
 
 def _line_rows(stream: IO[bytes]) -> Iterator[Row]:
-    for number, line in enumerate(iter(lambda: stream.readline(_MOST_LINE_CHARS), b"")):
+    for number, line in enumerate(iter(lambda: stream.readline(_MOST_LINE_BYTES), b"")):
+        if len(line) == _MOST_LINE_BYTES and not line.endswith(b"\n"):
+            while (rest := stream.readline(_MOST_LINE_BYTES)) and not rest.endswith(b"\n"):
+                pass
+            yield BadRowError("", "TOO_LARGE", f"a line of more than {_MOST_LINE_BYTES:,} bytes")
+            continue
         if text := line.removeprefix(b"\xef\xbb\xbf" if number == 0 else b"").strip():
             yield _decoded(text)
 

@@ -62,7 +62,8 @@ def parse_message(entry: JSON, field: str, index: int) -> Message:
         calls = json_of(calls, f"{where}.tool_calls")
     if calls is not None and not isinstance(calls, list):
         raise BadRowError(f"{where}.tool_calls", "BAD_TYPE", "tool_calls is not a list")
-    message = Message.from_json({**entry, "tool_calls": calls or None})
+    known = {**entry, "role": entry.get("role") or "", "tool_calls": calls or None}
+    message = Message.from_json(known)
     check_message(message, field, index)
     return message
 
