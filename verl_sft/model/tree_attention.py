@@ -201,9 +201,9 @@ def _branch(
         seen = length - rows + stop
         mask = None
         if not whole:
-            at = torch.arange(length - rows + start, seen, device=query.device)[:, None]
-            back = at - torch.arange(seen, device=query.device)
-            mask = (back >= 0) & (back < (sliding_window or seen))
+            first = length - rows + start
+            mask = torch.ones(stop - start, seen, dtype=torch.bool, device=query.device)
+            mask = mask.tril_(first).triu_(first + 1 - (sliding_window or seen))
         mixed = scaled_dot_product_attention(
             query[:, :, start:stop],
             key[:, :, :seen],
