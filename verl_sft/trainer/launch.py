@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,6 +19,7 @@ from verl_sft.processes import die_with_parent
 from verl_sft.trainer.status import STATUS_ENV, write_status
 
 TARGET = "verl_sft.trainer.fsdp_sft_trainer"
+_CODES = "exit_codes.json"  # of the ranks, beside the launcher's copy of the status
 
 
 def launch(config_argv: Sequence[str], nproc: int) -> int:
@@ -37,25 +40,34 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
             *("--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"),
             *("-m", TARGET, *config_argv),
         ]
-        child = subprocess.Popen(command, env=env)
+        # A group of its own: Ctrl-C is for this process, which then asks the ranks to save.
+        child = subprocess.Popen(command, env=env, process_group=0)
         previous = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
         try:
-            code = _wait(child)
+            code, interrupted = _wait(child)
         finally:
             signal.signal(signal.SIGTERM, previous)
-        return exit_code(status, launcher_code=code)
+        code = exit_code(status, launcher_code=code)
+        return 130 if interrupted and code else code
 
 
 def agent(parent: int) -> None:
     """Be torchrun, but die with the launcher, and end on a signal without a traceback."""
     die_with_parent(parent)
     from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
     try:
         torchrun(sys.argv[1:])
     except SignalException as stopped:
         sys.exit(128 + int(stopped.sigval))
+    except ChildFailedError as failed:
+        codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+        Path(os.environ[STATUS_ENV]).with_name(_CODES).write_text(json.dumps(codes))
+        sys.exit(1)
 
 
 def default_nproc() -> int:
@@ -72,31 +84,70 @@ def exit_code(status: Path, *, launcher_code: int) -> int:
     except (OSError, ValueError):
         left = {}
     code = left.get("exit_code")
-    if isinstance(code, int):
+    if isinstance(code, int) and (code != PeerLostError.exit_code or left.get("told")):
         return code
     if launcher_code in (0, -signal.SIGINT, 130):
         return 0 if launcher_code == 0 else 130
     if not left:
         return launcher_code if launcher_code > 0 else 1
+    place = Path(left["directory"]) if left.get("directory") else None
     error = PeerLostError(
-        "a rank was killed before it could say why (out of memory is the usual reason)",
+        f"{_who_died(status.with_name(_CODES))}{_how_far(place)}",
         fix="Run the same command again to go on from the last checkpoint",
     )
     print(f"verl-sft: {error}", file=sys.stderr, flush=True)
-    if left.get("directory"):
-        place = Path(left["directory"])
+    if place:
         write_status(place, state="failed", code=error.exit_code, message=str(error))
     return error.exit_code
 
 
-def _wait(child: subprocess.Popen[bytes]) -> int:
-    """Wait through Ctrl-C, which reaches the child's group as well."""
+def _who_died(codes: Path) -> str:
+    """Which rank a signal ended; the others are ended by torchrun, with SIGTERM, or by the loss."""
+    try:
+        found: dict[str, int] = json.loads(codes.read_text("utf-8"))
+    except (OSError, ValueError):
+        found = {}
+    killed = {rank: -code for rank, code in found.items() if code < 0 and -code != signal.SIGTERM}
+    if not killed:
+        return "a rank was lost before it could say why"
+    rank, number = min(killed.items(), key=lambda item: int(item[0]))
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        name = f"signal {number}"
+    hint = " (possible OOM)" if number == signal.SIGKILL else ""
+    return f"rank {rank} was killed by {name}{hint}"
+
+
+def _how_far(directory: Path | None) -> str:
+    """Behind which step the run was, and what there is to go on from."""
+    if directory is None:
+        return ""
+    steps = [0]
+    with contextlib.suppress(OSError):
+        for line in (directory / "metrics.jsonl").read_text("utf-8").splitlines():
+            with contextlib.suppress(ValueError):
+                steps.append(int(json.loads(line)["step"]))
+    saved = [
+        int(path.parent.name.rpartition("_")[2])
+        for path in directory.glob("global_step_*/manifest.json")
+        if path.parent.name.rpartition("_")[2].isdecimal()
+    ]
+    last = f"last checkpoint step {max(saved)}" if saved else "no checkpoint yet"
+    return f" at step {steps[-1] + 1}; {last}"
+
+
+def _wait(child: subprocess.Popen[bytes]) -> tuple[int, bool]:
+    """The child's code, and whether Ctrl-C came: the first one saves, the second one kills."""
     interrupted = False
     while True:
         try:
-            code = child.wait()
-            return 130 if interrupted else code
+            return child.wait(), interrupted
         except KeyboardInterrupt:
+            if interrupted:
+                child.kill()
+            else:
+                child.terminate()
             interrupted = True
 
 
@@ -110,7 +161,11 @@ def main() -> int:
     if not words or not words[0].isdigit() or words[0] == "0":
         print("usage: python -m verl_sft.trainer.launch NPROC key=value ...", file=sys.stderr)
         return 2
-    return launch(words[1:], int(words[0]))
+    try:
+        return launch(words[1:], int(words[0]))
+    except KeyboardInterrupt:
+        print("verl-sft: stopped by Ctrl-C", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
