@@ -33,6 +33,8 @@ SOURCES: dict[str, str] = {
     "own": "verl_sft.records.sources.own:OWN",
     "envscaler": "verl_sft.records.sources.envscaler:ENVSCALER",
     "pettingllms": "verl_sft.records.sources.pettingllms:PETTINGLLMS",
+    "agentrl_chain": "verl_sft.records.sources.agentrl_chain:AGENTRL_CHAIN",
+    "agentrl": "verl_sft.records.sources.agentrl:AGENTRL",
     "userrl": "verl_sft.records.sources.userrl:USERRL",
     "verl_rl": "verl_sft.records.sources.userrl:VERL_RL",
     "sharegpt": "verl_sft.records.sources.sharegpt:SHAREGPT",

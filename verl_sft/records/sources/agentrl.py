@@ -189,7 +189,7 @@ def _learned(
     left = [n for n, i in enumerate(order) if i not in small]
     if not left:
         fix = "Set data.agentrl.drop_zero_advantage=false or data.agentrl.minimal_advantage=null"
-        raise BadRowError("advantages", "NOTHING_LEARNED", "no answer is left to learn", fix)
+        raise BadRowError("advantages", "SMALL_ADVANTAGE", "no answer is left to learn", fix)
     if len(left) < len(order):
         supervise = [order[n] for n in left]
         weights = None if weights is None else [weights[n] for n in left]
