@@ -247,3 +247,48 @@ def test_what_cannot_run_is_refused(
     """A world size that does not divide and a budget below the longest sample: exit 2, numbers."""
     assert main(words_for(model, tmp_path, *words)) == 2
     assert told in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("model.attn_implementation=flashy",), "attn_implementation=flashy"),
+        (("optim.optimizer=AdmW",), "Did you mean AdamW"),
+        (("model.lora_adapter_path=ADAPTER",), "takes 32 numbers, the model gives 64"),
+        (("model.lora_adapter_path=nowhere",), "no adapter_config.json there"),
+        (("world_size=6", "ulysses_sequence_parallel_size=3"), "model's 4 attention heads"),
+    ],
+)
+def test_mistakes_are_told_before_the_data_is_read(
+    model: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+    told: str,
+) -> None:
+    """A wrong kernel, optimizer, adapter or number of heads costs no tokenising."""
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "other"}')
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    save_file({key: torch.zeros(4, 32)}, adapter / "adapter_model.safetensors")
+    given = [word.replace("ADAPTER", str(adapter)) for word in words]
+    assert main(words_for(model, tmp_path, *given)) == 2
+    assert told in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_of_another_model(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A vocabulary smaller than the tokenizer's is told with both numbers."""
+    import shutil
+
+    small = Path(shutil.copytree(model, tmp_path / "small"))
+    settings = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**settings, "vocab_size": 100}))
+    assert main(words_for(small, tmp_path)) == 2
+    assert "the model knows 100" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()

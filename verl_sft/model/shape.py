@@ -72,10 +72,12 @@ class ModelShape:
         """All parameters."""
         return self.layers * self.layer_parameters + self.root_parameters
 
-    def lora_parameters(self, *, rank: int, targets: str | Collection[str]) -> int:
+    def lora_parameters(
+        self, *, rank: int, targets: str | Collection[str], dora: bool = False
+    ) -> int:
         """Parameters of adapters of `rank` on `targets` (`all-linear`, or names)."""
         return self.layers * sum(
-            rank * (rows + columns) * copies
+            (rank * (rows + columns) + dora * columns) * copies
             for name, (rows, columns, copies) in self.linears().items()
             if targets == "all-linear" or (not isinstance(targets, str) and name in targets)
         )

@@ -14,8 +14,10 @@ from verl_sft.distributed.sharding import compute_dtype, reshard, shard
 from verl_sft.errors import UsageError
 from verl_sft.model.attention import pick_attention
 from verl_sft.model.build import DTYPES, build_model, decoder_layers, probe_packing
+from verl_sft.model.levers import apply_levers
 from verl_sft.model.tree_attention import register_tree_attention
 from verl_sft.model.ulysses import check_heads, probe_slices, register_ulysses
+from verl_sft.trainer.early_checks import check_vocabulary
 from verl_sft.trainer.inputs import Inputs, make_plan
 from verl_sft.trainer.optim import make_optimizer
 from verl_sft.trainer.self_checks import require_checks
@@ -51,7 +53,9 @@ def assemble(
             attention=attention,
             seed=config.trainer.seed,
             on_meta=wants_meta(config.engine.meta_start, world=world),
+            device=world.device,
         )
+        apply_levers(built.loss_model, config=config, device=world.device)
         check_start(built, meta_start=config.engine.meta_start)
         vocabulary = int(built.causal.config.vocab_size)
         check_fit(inputs, model_config=built.causal.config, num_tokens=len(tokenizer))
@@ -104,11 +108,7 @@ def assemble(
 
 def check_fit(inputs: Inputs, *, model_config: Any, num_tokens: int) -> None:
     """Raise if the tokenizer or the longest sample is more than the model was made for."""
-    if num_tokens > model_config.vocab_size:
-        raise UsageError(
-            f"the tokenizer has {num_tokens} tokens, the model knows {model_config.vocab_size}",
-            fix="Use the tokenizer that belongs to the model",
-        )
+    check_vocabulary(num_tokens, vocabulary=int(model_config.vocab_size))
     longest = int(inputs.train.lengths.max())
     positions = getattr(model_config, "max_position_embeddings", None) or longest
     if longest > positions:

@@ -13,6 +13,7 @@ from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import compute_dtype
 from verl_sft.model.build import load_tokenizer
+from verl_sft.trainer.early_checks import check_before_data
 from verl_sft.trainer.inputs import check_options, make_plan, read_splits
 from verl_sft.trainer.launch import default_nproc
 from verl_sft.trainer.memory import MemoryEstimate, estimate_memory, format_bytes, memory_settings
@@ -61,10 +62,12 @@ def dry_run(config: TrainConfig, *, world_size: int | None = None) -> DryRun:
     device = torch.device("cuda" if on_gpu else "cpu")
     check_options(config, world_size=size)
     shape = model_shape(config.model)
+    tokenizer = load_tokenizer(config.model)
+    check_before_data(config, device=device, num_tokens=len(tokenizer))
     alone = World(rank=0, size=1, device=torch.device("cpu"), mesh=cast(Any, None))
     train, val, _ = read_splits(
         config,
-        tokenizer=load_tokenizer(config.model),
+        tokenizer=tokenizer,
         directory=Path(config.trainer.default_local_dir).expanduser(),
         world=alone,
     )

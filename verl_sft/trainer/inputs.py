@@ -24,6 +24,7 @@ from verl_sft.model.build import model_fingerprint
 from verl_sft.records.mix import Source, mix_lines, resolve_sources
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
+from verl_sft.trainer.early_checks import check_before_data
 from verl_sft.trainer.env_eval import check_env_eval
 from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.sft_trainer import RunPlan
@@ -109,6 +110,8 @@ def load_inputs(
     Raises:
         InputError: no usable row, or a sample that fits into no micro-batch.
     """
+    with together(world):
+        check_before_data(config, device=world.device, num_tokens=len(tokenizer))
     train, val, paths = read_splits(config, tokenizer=tokenizer, directory=directory, world=world)
     with together(world):
         if world.is_main:

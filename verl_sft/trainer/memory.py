@@ -7,9 +7,8 @@ mapped data; 0.5 to 1 GB on a CPU, a CUDA context on a GPU) comes on top.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from verl_sft.config.train import TrainConfig
+from verl_sft.config.train import ModelConfig, TrainConfig
 from verl_sft.model.lora import wants_lora
 from verl_sft.model.shape import ModelShape
 
@@ -29,6 +28,7 @@ class MemorySettings:
         parameter_bytes: of a parameter at rest.
         compute_bytes: of a number in the forward pass.
         adapters: their parameters; None where the whole model is trained.
+        matrix_bytes: of a number in the frozen matrices of the layers, where they are quantised.
         checkpointing: `none`, `selective` (matrix products are kept) or `full`.
         offload: parameters, gradients and optimizer states are in host memory.
         offload_activations: what the layers keep for backward is in host memory.
@@ -42,6 +42,7 @@ class MemorySettings:
     parameter_bytes: int = _FP32
     compute_bytes: int = _FP32
     adapters: int | None = None
+    matrix_bytes: float | None = None
     checkpointing: str = "none"
     offload: bool = False
     offload_activations: bool = False
@@ -82,12 +83,12 @@ def estimate_memory(
         longest: tokens of the longest document; default: all of them.
     """
     here = -(-tokens // settings.sp_size)
-    everything = shape.parameters + (settings.adapters or 0)
+    rest = _at_rest(shape, settings=settings)
     trained = shape.parameters if settings.adapters is None else settings.adapters
     held = 0 if settings.offload else 1
     rows = min(-(-learned // settings.sp_size), _LOGIT_ROWS, here)
     return MemoryEstimate(
-        parameters=held * everything * settings.parameter_bytes // settings.shard_size,
+        parameters=held * rest // settings.shard_size,
         gathered=_gathered(shape, settings=settings),
         gradients=held * trained * settings.parameter_bytes // settings.shard_size
         + _passing_gradients(shape, settings=settings),
@@ -113,21 +114,24 @@ def memory_settings(
     engine, model = config.engine, config.model
     sharded = world_size if engine.fsdp_size == -1 else min(engine.fsdp_size, world_size)
     at_rest = 2 if engine.model_dtype == "bf16" else _FP32
-    name = str(getattr(config.optim, "optimizer", "adamw")).lower()
+    name = config.optim.optimizer.lower()
     factor = next((f for known, f in _MOMENTS.items() if known in name), 2.0)
     adapters = None
     if wants_lora(model):
         targets = model.target_modules
-        adapters = shape.lora_parameters(rank=max(model.lora_rank, 1), targets=targets)
+        adapters = shape.lora_parameters(
+            rank=max(model.lora_rank, 1), targets=targets, dora=model.use_dora
+        )
     return MemorySettings(
         shard_size=sharded,
         sp_size=config.ulysses_sequence_parallel_size,
         parameter_bytes=at_rest,
         compute_bytes=2 if half or at_rest == 2 else _FP32,
         adapters=adapters,
+        matrix_bytes={"nf4": 0.52, "int8": 1.0}.get(model.quantization),  # with its scales
         checkpointing=_checkpointing(model),
         offload=bool(engine.offload) and on_gpu,
-        offload_activations=bool(getattr(model, "activation_offload", False)) and on_gpu,
+        offload_activations=model.enable_activation_offload and on_gpu,
         reshard=engine.reshard_after_forward,
         scores=half and not on_gpu,
         moments=factor * (1 if "8bit" in name else 0.5 if "4bit" in name else at_rest),
@@ -143,11 +147,17 @@ def format_bytes(size: float) -> str:
     return f"{size:.1f} GiB"
 
 
-def _checkpointing(model: Any) -> str:
-    chosen = str(getattr(model, "activation_checkpointing", "") or "")
-    if chosen in ("none", "selective", "full"):
-        return chosen
-    return "full" if model.enable_gradient_checkpointing else "none"
+def _checkpointing(model: ModelConfig) -> str:
+    return model.checkpoint_policy if model.enable_gradient_checkpointing else "none"
+
+
+def _at_rest(shape: ModelShape, *, settings: MemorySettings) -> int:
+    """Bytes of all parameters, before they are dealt out to ranks."""
+    size, matrices = settings.parameter_bytes, 0
+    if settings.matrix_bytes is not None:
+        matrices = shape.layers * sum(a * b * n for a, b, n in shape.linears().values())
+        matrices = int(matrices * (size - settings.matrix_bytes))
+    return (shape.parameters + (settings.adapters or 0)) * size - matrices
 
 
 def _gathered(shape: ModelShape, *, settings: MemorySettings) -> int:
