@@ -18,6 +18,7 @@ ALIASES: dict[str, str] = {
     "data.micro_batch_size": "data.micro_batch_size_per_gpu",
     "model.use_remove_padding": "use_remove_padding",
     "model.strategy": "engine.strategy",
+    "model.use_torch_compile": "engine.use_torch_compile",
     "model.fsdp_config.model_dtype": "engine.model_dtype",
     "model.fsdp_config.cpu_offload": "engine.offload",
     "model.fsdp_config.offload_params": "engine.offload",

@@ -16,12 +16,15 @@ from torch import nn
 from verl_sft.config.checks import model_folder
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
+from verl_sft.model.activations import recompute_activations
 from verl_sft.model.lora import add_lora, wants_lora
 from verl_sft.model.loss import LossModel
 from verl_sft.model.meta import Slot, hollow_model, to_meta
+from verl_sft.model.quantize import follow_inputs, quantised_parameters, quantization_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLED_BYTES = 1 << 20
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,16 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def load_causal(
-    config: ModelConfig, *, dtype: torch.dtype, attention: str = "sdpa", seed: int = 0
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str = "sdpa",
+    seed: int = 0,
+    quantised_on: torch.device | None = None,
 ) -> Any:
     """The transformers model with weights in `dtype`, in training mode, on the CPU.
+
+    `quantised_on`: the device to put it on as `model.quantization` asks; None: it is not quantised.
 
     Raises:
         UsageError: it cannot be found or loaded.
@@ -79,6 +89,10 @@ def load_causal(
 
     disable_progress_bar()
     path = model_path(config)
+    quantization = quantization_config(config) if quantised_on is not None else None
+    extra: dict[str, Any] = {}
+    if quantization is not None:
+        extra = {"quantization_config": quantization, "device_map": {"": quantised_on}}
     torch.manual_seed(seed)  # heads that the checkpoint lacks must be the same on every rank
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +101,7 @@ def load_causal(
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
             use_safetensors=True,
+            **extra,
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(path, error) from error
@@ -95,11 +110,18 @@ def load_causal(
             raise
         raise _cannot_load(path, ValueError("config.json does not fit the weights")) from error
     model.config.use_cache = False
+    follow_inputs(model)
     return model.train()
 
 
 def build_model(
-    config: ModelConfig, *, dtype: torch.dtype, attention: str, seed: int, on_meta: bool = False
+    config: ModelConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    seed: int,
+    on_meta: bool = False,
+    device: torch.device = _CPU,
 ) -> BuiltModel:
     """Load the model, add adapters and recomputation where wanted, wrap it in its loss.
 
@@ -109,12 +131,15 @@ def build_model(
         attention: name in transformers' table.
         seed: of new parameters.
         on_meta: leave the weights in their files, to be read into slots later, if that is possible.
+        device: where quantised weights go; all others are loaded to the CPU.
     """
     slots: list[Slot] = []
     path = model_path(config)
     hollow = hollow_model(config, path=path, dtype=dtype, attention=attention) if on_meta else ""
     if isinstance(hollow, str):
-        causal = load_causal(config, dtype=dtype, attention=attention, seed=seed)
+        causal = load_causal(
+            config, dtype=dtype, attention=attention, seed=seed, quantised_on=device
+        )
     else:
         causal, slots = hollow
     peft = None
@@ -122,19 +147,14 @@ def build_model(
         torch.manual_seed(seed)
         peft = add_lora(causal, config=config)
     if config.enable_gradient_checkpointing:
-        _recompute_activations(causal)
+        recompute_activations(causal, policy=config.checkpoint_policy)
     loss_model = LossModel(causal)
     loss_model.train()
     if dtype is torch.bfloat16:
-        for parameter in loss_model.parameters():
+        for parameter in set(loss_model.parameters()) - quantised_parameters(loss_model):
             parameter.data = parameter.data.to(dtype)
     to_meta(slots)
     return BuiltModel(loss_model, peft, tuple(slots), hollow if isinstance(hollow, str) else "")
-
-
-def _recompute_activations(causal: Any) -> None:
-    newer = getattr(causal, "activation_checkpointing_enable", None)  # the name since 5.2x
-    (newer or causal.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def decoder_layers(causal: nn.Module) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from verl_sft.model.attention import document_kwargs
+from verl_sft.model.noise import add_noise
 from verl_sft.model.tree_attention import tree_kwargs
 
 CHUNK_ROWS = 1024  # learned positions whose logits exist at one time
@@ -125,6 +126,9 @@ class LossModel(nn.Module):
         self.causal = causal
         self.chunk = chunk
         self.split_head = has_plain_head(causal)
+        self.compiled = False  # the layers: nothing that differs in every batch may be guarded on
+        self.noise_alpha: float | None = None  # of NEFTune
+        self.last_rows_only = False  # the last layer was prepared by `take_learned_rows`
         self.keep_losses = False  # of each learned row, in `row_losses`, float32 [N]
         self.row_losses: Tensor | None = None
 
@@ -162,18 +166,27 @@ class LossModel(nn.Module):
         ids, positions = input_ids.reshape(1, -1), position_ids.reshape(1, -1)
         kwargs = document_kwargs(cu_seqlens, max_seqlen=max_seqlen, parts=parts)
         kwargs |= tree_kwargs(subtree_end)
-        common = dict(input_ids=ids, position_ids=positions, use_cache=False, **kwargs)
-        if self.split_head:
-            hidden = self.causal.get_decoder()(**common).last_hidden_state[0]  # type: ignore[operator]
+        if self.compiled:
+            del kwargs["document_lengths"]
+        common: dict[str, Any] = dict(position_ids=positions, use_cache=False, **kwargs)
+        if self.training and self.noise_alpha and torch.is_grad_enabled():
+            embed = self.causal.get_input_embeddings()  # type: ignore[operator]
+            common["inputs_embeds"] = add_noise(
+                embed(ids), alpha=self.noise_alpha, cu_seqlens=cu_seqlens
+            )
         else:
-            hidden = self.causal(**common).logits[0]
+            common["input_ids"] = ids
         if mode == "logits":
+            hidden = self._hidden(common)
             return self._head(hidden) if self.split_head else hidden
         assert target_ids is not None and weights is not None
         flat_weights = weights.reshape(-1)
         rows = flat_weights.nonzero().squeeze(1)
         if not len(rows):  # every rank must reach every parameter, or the collectives do not match
-            rows = torch.zeros(1, dtype=torch.int64, device=hidden.device)
+            rows = torch.zeros(1, dtype=torch.int64, device=flat_weights.device)
+        if self.last_rows_only:
+            common["learned_rows"] = rows
+        hidden = self._hidden(common)
         picked, wanted = target_ids.reshape(-1)[rows], flat_weights[rows] / denominator
         if not self.split_head:
             losses = cross_entropy(hidden[rows].float(), picked, reduction="none")
@@ -182,7 +195,16 @@ class LossModel(nn.Module):
         head = self.causal.get_output_embeddings().weight  # type: ignore[operator]
         each = hidden.new_empty(len(rows), dtype=torch.float32) if self.keep_losses else None
         self.row_losses = each
-        return loss_sum(hidden[rows], head, picked, wanted, self.chunk, each)
+        kept = hidden if self.last_rows_only else hidden[rows]
+        return loss_sum(kept, head, picked, wanted, self.chunk, each)
+
+    def _hidden(self, inputs: dict[str, Any]) -> Tensor:
+        """Behind the last norm [T, D], or logits [T, V] of a model whose head is not plain."""
+        if self.split_head:
+            last: Tensor = self.causal.get_decoder()(**inputs).last_hidden_state[0]  # type: ignore[operator]
+            return last
+        logits: Tensor = self.causal(**inputs).logits[0]
+        return logits
 
     def _head(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.causal.get_output_embeddings()(hidden)  # type: ignore[operator]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
+from verl_sft.model.lora import needs_weights
 
 _IGNORED_KEYS = re.compile(r"rotary_emb\.inv_freq$")  # old checkpoints hold what is computed
 
@@ -103,9 +104,7 @@ def obstacle(config: ModelConfig, *, folder: Path) -> str:
     """Why a model cannot be started without its weights, as far as settings tell; or nothing."""
     if not (folder / "config.json").is_file() or not list(folder.glob("*.safetensors")):
         return "it is not a local folder with safetensors files"
-    if config.lora_adapter_path is not None:
-        return "model.lora_adapter_path is loaded into a whole model"
-    return ""
+    return needs_weights(config)
 
 
 def list_tensors(folder: Path) -> dict[str, tuple[Path, tuple[int, ...]]]:

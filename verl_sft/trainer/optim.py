@@ -1,4 +1,4 @@
-"""AdamW, the learning-rate schedule as a pure function of the step, and exact gradient clipping."""
+"""Groups of parameters, the learning rate as a pure function of the step, exact clipping."""
 
 from __future__ import annotations
 
@@ -13,30 +13,44 @@ from verl_sft.config.train import OptimConfig
 from verl_sft.distributed.reduce import sum_over_ranks
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import local
+from verl_sft.trainer.optimizers import build_optimizer
 
 _WSD_DECAY = 0.1  # share of the run in which warmup-stable-decay comes down
 
 
-def make_optimizer(model: nn.Module, *, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW over the trainable parameters; norms and biases are not decayed by default."""
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+def make_optimizer(
+    model: nn.Module, *, config: OptimConfig, shard_size: int = 1
+) -> torch.optim.Optimizer:
+    """The chosen optimizer over the trainable parameters.
+
+    Norms and biases are not decayed by default. Matrices B of adapters learn
+    `optim.loraplus_lr_ratio` times as fast: their groups have that `lr_scale`.
+    """
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            matrix = parameter.ndim >= 2 or config.decay_norms_and_biases
-            (decayed if matrix else plain).append(parameter)
+            decayed = parameter.ndim >= 2 or config.decay_norms_and_biases
+            faster = config.loraplus_lr_ratio is not None and "lora_B" in name
+            faster |= config.loraplus_lr_ratio is not None and "lora_embedding_B" in name
+            found.setdefault((not decayed, faster), []).append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "lr_scale": config.loraplus_lr_ratio if faster else 1.0,
+        }
+        for (plain, faster), parameters in sorted(found.items(), key=lambda item: item[0])
     ]
-    beta1, beta2 = config.betas
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=config.lr,
-        betas=(beta1, beta2),
-        eps=config.eps,
-        fused=True,
-    )
+    heads = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    ]
+    output = getattr(getattr(model, "causal", None), "get_output_embeddings", lambda: None)()
+    if output is not None:
+        heads.extend(output.parameters())
+    return build_optimizer(groups, config=config, shard_size=shard_size, heads=heads)
 
 
 def warmup_steps(config: OptimConfig, *, total_steps: int) -> int:

@@ -32,7 +32,7 @@ _UNFIT = {"LBFGS", "SparseAdam"}  # they need a closure, sparse gradients
 _NEEDS_MATRICES = {"Adafactor"}  # its state is of whole rows and columns, not of one rank's rows
 _PLAIN_ONLY = {"Adafactor", "Rprop"}  # of torch.optim: they fail on sharded tensors
 _OTHER_EPS = {"Adafactor", "Muon"}  # it means something else there
-_FUSED = {"Adam", "AdamW", "SGD"}  # on every device
+_FUSED = {"Adam", "AdamW"}  # sharded ones too
 
 Groups = list[dict[str, Any]]
 Make = Callable[[Groups], torch.optim.Optimizer]
@@ -149,13 +149,18 @@ class JoinedOptimizer(torch.optim.Optimizer):
     ) -> None:
         # Not the base class's: groups and states are those of the parts.
         self.parts, self.twins = list(parts), dict(twins)
-        self.param_groups = [group for part in parts for group in part.param_groups]
         self.defaults: dict[str, Any] = {}
+        self._inner = [group for part in parts for group in part.param_groups]
+        known = {id(twin): p for p, twin in self.twins.items()}
+        self.param_groups = [
+            {**group, "params": [known.get(id(p), p) for p in group["params"]]}
+            for group in self._inner
+        ]
         self._owner = {p: part for part in parts for g in part.param_groups for p in g["params"]}
         self._mine = list(self.twins) or list(self._owner)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> Any:  # type: ignore[override]
         """State of each parameter, by the parameter that the model knows."""
         twin = {p: self.twins.get(p, p) for p in self._mine}
         return {p: self._owner[t].state[t] for p, t in twin.items()}
@@ -165,6 +170,8 @@ class JoinedOptimizer(torch.optim.Optimizer):
         assert closure is None
         for parameter, twin in self.twins.items():
             twin.grad = None if parameter.grad is None else local(parameter.grad)
+        for inner, group in zip(self._inner, self.param_groups, strict=True):
+            inner["lr"] = group["lr"]
         for part in self.parts:
             part.step()
         for twin in self.twins.values():
@@ -234,7 +241,9 @@ def _is_pair(value: Any) -> bool:
 
 def tensors_in(value: Any) -> dict[str, Tensor]:
     """The plain tensors of one entry of an optimizer's state; quantised ones consist of several."""
-    inner = getattr(local(value) if isinstance(value, Tensor) else value, "__tensor_flatten__", None)
+    inner = getattr(
+        local(value) if isinstance(value, Tensor) else value, "__tensor_flatten__", None
+    )
     if inner is None:
         return {"": local(value)}
     names, _ = inner()
