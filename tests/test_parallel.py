@@ -56,6 +56,7 @@ def baselines(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         (2, {SP: 2, **PADDED}),
         (2, {SP: 2, **LORA}),
         (2, {SP: 2, **LORA, **PADDED}),
+        (2, {SP: 2, "model__enable_gradient_checkpointing": True}),
         (4, {SP: 4}),  # more ranks than key heads
         (4, {SP: 2, "engine__fsdp_size": 2}),
         (4, {"engine__fsdp_size": 2}),
@@ -194,6 +195,7 @@ def test_slices_hold_the_batch() -> None:
         (2, {SP: 3}, "ulysses_sequence_parallel_size=3 does not divide the 2 ranks"),
         (3, {SP: 3}, "does not divide the model's 4 attention heads"),
         (2, {SP: 2, "model__attn_implementation": "sdpa"}, "model.attn_implementation=sdpa"),
+        (2, {SP: 2, "model__neftune_noise_alpha": 5}, "model.neftune_noise_alpha"),
         (3, {"engine__fsdp_size": 2}, "engine.fsdp_size=2 does not divide the 3 ranks"),
     ],
 )

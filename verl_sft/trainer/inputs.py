@@ -27,11 +27,24 @@ from verl_sft.trainer.best import check_best
 from verl_sft.trainer.early_checks import check_before_data
 from verl_sft.trainer.env_eval import check_env_eval
 from verl_sft.trainer.planning import planning_cost
+from verl_sft.trainer.lever_checks import check_levers, idle_levers
 from verl_sft.trainer.sft_trainer import RunPlan
 from verl_sft.trainer.sharing import check_sharing, shared_tokens, shuffle_units
 from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
 
 _TEMPLATE_COLUMN = "prompt_template"
+_ADAPTER_KEYS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "lora_adapter_path",
+    "lora_init",
+    "use_rslora",
+    "use_dora",
+    "quantization",
+    "neftune_noise_alpha",
+)
 _TOKEN_FILES = ("ids.i32", "weights.f32", "offsets.i64")
 
 
@@ -51,17 +64,18 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
     Raises:
         UsageError: naming the key.
     """
-    refused = {
-        "model.use_liger": config.model.use_liger,
-    }
-    for key, wrong in refused.items():
-        if wrong:
-            raise UsageError(f"{key}: this value is not supported", fix="Leave it at its default")
+    check_levers(config)
     check_layout(
         world_size,
         sp_size=config.ulysses_sequence_parallel_size,
         fsdp_size=config.engine.fsdp_size,
     )
+    if config.model.neftune_noise_alpha and config.ulysses_sequence_parallel_size > 1:
+        raise UsageError(
+            "model.neftune_noise_alpha does not work with ulysses_sequence_parallel_size > 1",
+            why="The size of the noise depends on whole documents, and ranks have slices of them",
+            fix="Leave one of them at its default",
+        )
     check_sharing(config)
     check_env_eval(config.trainer)
     budget, longest = config.data.token_budget, config.data.max_length
@@ -88,6 +102,7 @@ def ignored_options(config: TrainConfig, *, on_gpu: bool) -> list[str]:
         lines.append("engine.strategy=fsdp is read as fsdp2")
     if config.engine.offload and not on_gpu:
         lines.append("engine.offload has no effect: the parameters are in host memory already")
+    lines.extend(idle_levers(config, on_gpu=on_gpu))
     if trainer.resume_from_path and trainer.resume_mode != "resume_path":
         lines.append(
             f"trainer.resume_from_path has no effect with trainer.resume_mode={trainer.resume_mode}"
@@ -225,7 +240,7 @@ def fingerprint(config: TrainConfig, *, inputs: Inputs) -> dict[str, Any]:
         "engine.model_dtype": config.engine.model_dtype,
         **{f"optim.{k}": v for k, v in asdict(config.optim).items()},
     }
-    for key in ("lora_rank", "lora_alpha", "lora_dropout", "target_modules", "lora_adapter_path"):
+    for key in _ADAPTER_KEYS:
         value = getattr(model, key)
         found[f"model.{key}"] = list(value) if isinstance(value, tuple) else value
     if config.optim.lr_scheduler != "constant":  # the learning rate depends on the run's length
