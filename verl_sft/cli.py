@@ -19,11 +19,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "make-model": ("verl_sft.commands.make_model", "build a small model and its tokenizer"),
     "collect": ("verl_sft.commands.collect", "play an environment, write train and val rows"),
     "convert": ("verl_sft.commands.convert", "data of other tools into ours, and back"),
+    "stats": ("verl_sft.commands.stats", "sizes, successes, repetitions and leaks of data"),
     "inspect": ("verl_sft.commands.inspect", "show what a run would train on, token by token"),
     "plan": ("verl_sft.commands.plan", "steps, fill, balance and memory of a run, before it"),
     "train": ("verl_sft.commands.train", "fine-tune a model on rows"),
     "export": ("verl_sft.commands.export", "a checkpoint as a Hugging Face folder"),
     "evaluate": ("verl_sft.commands.evaluate", "measure success in an environment"),
+    "doctor": ("verl_sft.commands.doctor", "what this machine has, what became of a run"),
     "quickstart": ("verl_sft.commands.quickstart", "all of it on this machine, in minutes"),
 }
 

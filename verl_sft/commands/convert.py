@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from verl_sft.commands.common import read_words, say
 from verl_sft.config.convert import ConvertConfig
@@ -61,20 +63,26 @@ def _convert(
     from verl_sft.records import convert
     from verl_sft.records.parse import ReadOptions
     from verl_sft.records.read import find_format, read_records
-    from verl_sft.records.resolve import resolve_files
     from verl_sft.records.schema import SFTRecord
+    from verl_sft.records.select import balanced, select
 
     assert isinstance(report, convert.ConvertReport)
-    files = resolve_files(config.inputs, split="train")
+    files = _all_files(config.inputs)
     options = ReadOptions(multiturn=True, format=config.source)
     target = find_format(config.target)
 
-    def records() -> Iterator[SFTRecord]:
+    def chosen() -> Iterator[SFTRecord]:
+        report.duplicates, report.dropped = 0, Counter()  # the records may be read twice
         found = convert.named(read_records(files, options=options, reject=reject))
+        found = select(found, config=config.select, dropped=report.dropped)
         if config.view == "per_turn":
             found = convert.per_turn(found)
-        report.duplicates = 0
-        kept = convert.unique(found, report) if config.dedup else found
+        return convert.unique(found, report) if config.dedup else found
+
+    def records() -> Iterator[SFTRecord]:
+        kept = chosen()
+        if by := config.select.balance:
+            kept = balanced(chosen, by=by, seed=config.seed, dropped=report.dropped)
         return islice(kept, None if config.max_rows < 0 else config.max_rows)
 
     if _is_directory(config, out):
@@ -83,6 +91,17 @@ def _convert(
         )
     convert.write_file(out, records(), target=target, report=report, reject=reject)
     return []
+
+
+def _all_files(spec: Any) -> list[Path]:
+    """The files that `in=` names; of an sft_data directory train and val."""
+    from verl_sft.records.resolve import resolve_files
+
+    files = resolve_files(spec, split="train")
+    place = Path(str(spec)).expanduser()
+    if place.is_dir():
+        files += sorted(place.glob("val.parquet")) or sorted(place.glob("val-*.parquet"))
+    return files
 
 
 def _is_directory(config: ConvertConfig, out: Path) -> bool:
@@ -95,6 +114,8 @@ def _tell(report: object, beside: Path) -> None:
     assert isinstance(report, ConvertReport)
     written = ", ".join(f"{name} {count}" for name, count in report.written.items()) or "nothing"
     print(f"written: {written}; repeated: {report.duplicates}")
+    if report.dropped:
+        print("dropped: " + ", ".join(f"{k} {n}" for k, n in report.dropped.most_common()))
     if report.refused:
         reasons = ", ".join(f"{code} {count}" for code, count in report.refused.most_common())
         print(f"refused: {reasons}; see {beside / 'rejected.jsonl'}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.config.select import SelectConfig
 
 
 @dataclass
@@ -22,6 +23,7 @@ class ConvertConfig:
     view: str = "as_is"  # as_is | per_turn: one record per learned turn, with the chat before it
     val_fraction: float = 0.1  # share of the groups held out, where `out` is a directory
     seed: int = 1  # of the split
+    select: SelectConfig = field(default_factory=SelectConfig)
     dedup: bool = True  # of records with equal content the first stays
     max_rows: int = -1  # records to write; -1: all
     max_reject_fraction: float = 0.05  # above it the command fails; what was read is kept

@@ -29,16 +29,18 @@ Records = Callable[[], Iterable[SFTRecord]]
 
 @dataclass(slots=True)
 class ConvertReport:
-    """What became of the records: written by file name, repeated ones, refused ones by code."""
+    """What became of the records: written by file name, repeated, dropped and refused ones."""
 
     written: Counter[str] = field(default_factory=Counter)
     duplicates: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
         """Records and rows that were looked at."""
-        return self.written.total() + self.duplicates + self.refused.total()
+        left_out = self.duplicates + self.dropped.total() + self.refused.total()
+        return self.written.total() + left_out
 
 
 def named(records: Iterable[SFTRecord]) -> Iterator[SFTRecord]:

@@ -1,0 +1,168 @@
+"""convert, stats and filters as a user meets them: counts, splits, leaks, exit codes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from verl_sft.cli import main
+from verl_sft.config.select import SelectConfig
+from verl_sft.errors import UsageError
+from verl_sft.records.io import write_parquet
+from verl_sft.records.read import read_records
+from verl_sft.records.schema import SFTRecord
+from verl_sft.records.select import balanced, condition, drop_reason, select
+from verl_sft.types import Message
+
+SAMPLE = Path(__file__).parent.parent / "data" / "sample"
+
+
+def record(number: int, **given: Any) -> SFTRecord:
+    chat = (Message("user", f"{number}?"), Message("assistant", f"{number}!"))
+    known: dict[str, Any] = {"messages": chat, "record_id": f"r{number}", "task_id": f"t{number}"}
+    return SFTRecord(**{**known, **given})
+
+
+def sharegpt(path: Path, rows: int, *, bad: int = 0) -> Path:
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    good = [{"conversations": [*turns, {"from": "human", "value": str(n)}]} for n in range(rows)]
+    path.write_text(json.dumps(good + [{"conversations": []}] * bad))
+    return path
+
+
+def test_foreign_rows_become_a_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """ShareGPT in, train and val by group out; what cannot be read is in rejected.jsonl."""
+    source = sharegpt(tmp_path / "a.json", 40, bad=1)
+    assert main(["convert", f"in={source}", f"out={tmp_path / 'set'}", "from=sharegpt"]) == 0
+    train = list(read_records(tmp_path / "set" / "train.parquet"))
+    val = list(read_records(tmp_path / "set" / "val.parquet"))
+    assert len(train) + len(val) == 40
+    # All begin with the same question: one group, which is never split.
+    assert {r.group_id for r in train} == {r.group_id for r in train + val} and not val
+    (bad,) = (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(bad)["row"] == 40 and json.loads(bad)["code"] == "EMPTY"
+    assert "refused: EMPTY 1" in capsys.readouterr().out
+
+
+def test_too_many_bad_rows_fail_the_command(tmp_path: Path) -> None:
+    """Above the threshold the exit code is 3; the good rows were written all the same."""
+    source = sharegpt(tmp_path / "a.json", 3, bad=3)
+    out = tmp_path / "b.jsonl"
+    assert main(["convert", f"in={source}", f"out={out}"]) == 3
+    assert len(out.read_text().splitlines()) == 3
+
+
+def test_there_and_back(tmp_path: Path) -> None:
+    """Our rows to ShareGPT and back are the rows, in order."""
+    middle, back = tmp_path / "a.json", tmp_path / "b.parquet"
+    train = SAMPLE / "train.parquet"
+    assert main(["convert", f"in={train}", f"out={middle}", "to=sharegpt"]) == 0
+    assert main(["convert", f"in={middle}", f"out={back}", "dedup=false"]) == 0
+    one = list(read_records(train))
+    two = list(read_records(back))
+    assert [r.messages for r in one] == [r.messages for r in two]
+    assert [r.record_id for r in one] == [r.record_id for r in two]
+
+
+def test_views_per_turn(tmp_path: Path) -> None:
+    """Each learned turn becomes a record of its own, with the chat before it."""
+    chat = tuple(Message(role, str(i)) for i, role in enumerate(["user", "assistant"] * 3))
+    write_parquet(tmp_path / "a.parquet", [SFTRecord(messages=chat, supervise=(1, 5))])
+    out = tmp_path / "b.parquet"
+    assert main(["convert", f"in={tmp_path / 'a.parquet'}", f"out={out}", "view=per_turn"]) == 0
+    assert [(len(r.messages), r.supervise) for r in read_records(out)] == [(2, (1,)), (6, (5,))]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["in=a.json"], "in= and out= are needed"),
+        (["in=nothing.json", "out=x"], "no such file"),
+        (["in={source}", "out={tmp}/x.txt", "to=sharegpt"], "cannot write '.txt' files"),
+        (["in={source}", "out={tmp}/x.jsonl", "to=shargpt"], "Did you mean 'sharegpt'"),
+        (["in={source}", "out={tmp}/x.jsonl", "to=verl"], "can be read, not written"),
+        (["in={source}", "out={tmp}/x", "select.where=1; DROP"], "select.where"),
+    ],
+)
+def test_wrong_words_help(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    """Missing words, files, formats and conditions: exit code 2 or 3 and what to do."""
+    source = sharegpt(tmp_path / "a.json", 2)
+    code = main(["convert", *(w.format(source=source, tmp=tmp_path) for w in words)])
+    assert code in (2, 3) and message in capsys.readouterr().err
+
+
+def test_every_filter_names_itself() -> None:
+    """A record that a filter leaves out is counted under the filter's key."""
+    one = record(1, success=False, reward=0.2, action_valid=False, task_type="a", agent_name="b")
+    cases: dict[str, Any] = {
+        "require_success": True,
+        "require_agent_success": True,
+        "min_reward": 0.5,
+        "min_turns": 2,
+        "max_chars": 3,
+        "end_marker": "STOP",
+        "valid_actions": True,
+        "task_types": ["x"],
+        "agents": ["x"],
+        "statuses": ["done"],
+    }
+    for key, value in cases.items():
+        assert drop_reason(one, SelectConfig(**{key: value})) == key
+    assert drop_reason(one, SelectConfig(max_turns=1, min_reward=0.2, task_types=["a"])) == ""
+
+
+def test_an_sql_condition_is_closed() -> None:
+    """Columns, functions and nulls work; anything that is no condition on columns is refused."""
+    rich = condition("reward > 0.5 AND task_type LIKE 'pick%' AND turns = 1 AND chars < 9")
+    assert rich(record(1, reward=0.75, task_type="pick_two"))
+    assert not rich(record(1, reward=None, task_type="pick_two"))
+    for text in ("nothing > 1", "1) FROM sqlite_master --", "ATTACH 'x' AS y", "reward >", "1; 2"):
+        with pytest.raises(UsageError, match=r"select\.where"):
+            condition(text)
+    dropped: Counter[str] = Counter()
+    kept = select(
+        [record(1), record(2)], config=SelectConfig(where="task_id = 't2'"), dropped=dropped
+    )
+    assert [r.record_id for r in kept] == ["r2"] and dropped == {"where": 1}
+
+
+def test_balance_takes_as_many_of_each() -> None:
+    """Of the commoner agents as many records as of the rarest, the same ones every time."""
+    rows = [record(n, agent_name="ab"[n % 5 == 0]) for n in range(50)]
+    dropped: Counter[str] = Counter()
+    kept = list(balanced(lambda: rows, by="agent_name", seed=1, dropped=dropped))
+    assert Counter(r.agent_name for r in kept) == {"a": 10, "b": 10} and dropped["balance"] == 30
+    assert kept == list(balanced(lambda: rows, by="agent_name", seed=1, dropped=dropped))
+
+
+def test_stats_find_leaks_and_repetitions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Tasks and texts on both sides, and repeated records, are said; `strict` fails on them."""
+    shared = record(1, success=True, task_type="pick")
+    write_parquet(tmp_path / "train.parquet", [shared, shared, record(2, success=False)])
+    other = record(9, task_id="t2", record_id="x")
+    write_parquet(tmp_path / "val.parquet", [record(1), other])
+    out = tmp_path / "out"
+    assert main(["stats", f"in={tmp_path}", f"out={out}"]) == 0
+    told = capsys.readouterr().out
+    assert "attention: train: 1 records repeat the record_id of another" in told
+    assert "attention: train and val share 2 tasks" in told
+    assert "attention: train and val share 1 contents" in told
+    found = json.loads((out / "stats.json").read_text())
+    assert found["train"]["by_task_type"]["pick"]["success_rate"] == 1.0
+    assert found["train"]["turns"]["histogram"] == {"1": 3}
+    assert (out / "stats.png").stat().st_size > 1000
+    assert main(["stats", f"in={tmp_path}", "strict=true"]) == 3
+
+
+def test_clean_data_gives_no_alarm(capsys: pytest.CaptureFixture[str]) -> None:
+    """The sample data set has nothing to be said about it."""
+    assert main(["stats", f"in={SAMPLE}", "strict=true"]) == 0
+    assert "attention" not in capsys.readouterr().out
