@@ -19,6 +19,7 @@ from verl_sft.config.collect import (
     MakeModelConfig,
 )
 from verl_sft.config.dialects import ALIASES, NO_EFFECT
+from verl_sft.config.doctor import DoctorConfig
 from verl_sft.config.export import ExportConfig
 from verl_sft.config.inspect import InspectConfig
 from verl_sft.config.load import config_keys
@@ -29,7 +30,7 @@ from verl_sft.config.train import TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-SCHEMAS = (CollectConfig, EvaluateConfig, ExportConfig, InspectConfig, MakeGamesConfig,
+SCHEMAS = (CollectConfig, DoctorConfig, EvaluateConfig, ExportConfig, InspectConfig, MakeGamesConfig,
            MakeModelConfig, PlanConfig, QuickstartConfig, TrainConfig)  # fmt: skip
 TREES = [dict(config_keys(schema)) for schema in SCHEMAS]
 SECTIONS = {key for tree in TREES for key, kind in tree.items() if kind and "." not in key}
