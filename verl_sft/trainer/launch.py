@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from verl_sft.trainer.status import STATUS_ENV, write_status
 
 TARGET = "verl_sft.trainer.fsdp_sft_trainer"
 _CODES = "exit_codes.json"  # of the ranks, beside the launcher's copy of the status
+_GRACE_S = 5.0  # for the other ranks, once one is lost
 
 
 def launch(config_argv: Sequence[str], nproc: int) -> int:
@@ -44,7 +46,7 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
         child = subprocess.Popen(command, env=env, process_group=0)
         previous = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
         try:
-            code, interrupted = _wait(child)
+            code, interrupted = _wait(child, status=status)
         finally:
             signal.signal(signal.SIGTERM, previous)
         code = exit_code(status, launcher_code=code)
@@ -79,10 +81,7 @@ def default_nproc() -> int:
 
 def exit_code(status: Path, *, launcher_code: int) -> int:
     """The run's own code where it left one, else what the launcher's code means."""
-    try:
-        left: dict[str, Any] = json.loads(status.read_text("utf-8"))
-    except (OSError, ValueError):
-        left = {}
+    left = _left(status)
     code = left.get("exit_code")
     if isinstance(code, int) and (code != PeerLostError.exit_code or left.get("told")):
         return code
@@ -99,6 +98,15 @@ def exit_code(status: Path, *, launcher_code: int) -> int:
     if place:
         write_status(place, state="failed", code=error.exit_code, message=str(error))
     return error.exit_code
+
+
+def _left(status: Path) -> dict[str, Any]:
+    """What the ranks recorded."""
+    try:
+        found: dict[str, Any] = json.loads(status.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
 
 
 def _who_died(codes: Path) -> str:
@@ -137,12 +145,20 @@ def _how_far(directory: Path | None) -> str:
     return f" at step {steps[-1] + 1}; {last}"
 
 
-def _wait(child: subprocess.Popen[bytes]) -> tuple[int, bool]:
-    """The child's code, and whether Ctrl-C came: the first one saves, the second one kills."""
-    interrupted = False
+def _wait(child: subprocess.Popen[bytes], *, status: Path) -> tuple[int, bool]:
+    """The child's code, and whether Ctrl-C came: the first one saves, the second one kills.
+
+    Once a rank is lost, one that does not even react to signals must not keep the others.
+    """
+    interrupted, lost_at = False, 0.0
     while True:
         try:
-            return child.wait(), interrupted
+            return child.wait(timeout=0.5), interrupted
+        except subprocess.TimeoutExpired:
+            if not lost_at and _left(status).get("exit_code") == PeerLostError.exit_code:
+                lost_at = time.monotonic()
+            if lost_at and time.monotonic() > lost_at + _GRACE_S:
+                child.kill()
         except KeyboardInterrupt:
             if interrupted:
                 child.kill()

@@ -12,8 +12,8 @@ from statistics import median
 
 from verl_sft.distributed.setup import World
 
-_FACTOR = 3.0  # times the median
-_LEAST_S = 0.05  # above the median: less is noise
+_FACTOR = 3.0  # times the median of the others
+_LEAST_S = 0.05  # above it: less is noise
 _IN_A_ROW = 3  # steps
 _SILENCE_S = 600.0  # between two warnings about the same rank
 
@@ -28,13 +28,13 @@ class Pace:
 
     def __init__(self, world: World, *, say: Callable[[str], None]) -> None:
         self._world, self._say = world, say
-        self._began = self._cpu = self._own = 0.0
+        self._began = self._cpu = self._own = self._last = 0.0
         self._slow = [0] * world.size
         self._told = [-_SILENCE_S] * world.size
 
     def begin(self) -> None:
         """The step begins, with reading."""
-        self._began = time.perf_counter()
+        self._began, self._last = time.perf_counter(), self._own
 
     def loaded(self) -> None:
         """The batches are there."""
@@ -47,7 +47,7 @@ class Pace:
     def share(self) -> list[float]:
         """Seconds of the step before, to be summed over ranks: one number for each rank."""
         own = [0.0] * self._world.size
-        own[self._world.rank] = self._own
+        own[self._world.rank] = self._last
         return own
 
     def judge(self, seconds: Sequence[float], *, step: int) -> None:
@@ -57,8 +57,10 @@ class Pace:
             seconds: own work of each rank.
             step: whose work that was.
         """
-        usual = median(seconds)
+        if len(seconds) < 2:
+            return
         for rank, own in enumerate(seconds):
+            usual = median(other for index, other in enumerate(seconds) if index != rank)
             slow = own > _FACTOR * usual and own > usual + _LEAST_S
             self._slow[rank] = self._slow[rank] + 1 if slow else 0
             now = time.monotonic()
@@ -66,5 +68,5 @@ class Pace:
                 self._told[rank] = now
                 self._say(
                     f"WARNING: rank {rank} is slow: {own:.2f} s of own work at step {step}, "
-                    f"the median is {usual:.2f} s"
+                    f"the median of the others is {usual:.2f} s"
                 )

@@ -195,12 +195,12 @@ class SFTTrainer:
         micros = step_plan.ranks[self.world.dp_rank]
         self.pace.begin()
         batches = [self._batch(micro, self.train_data) for micro in micros]
+        self.pace.loaded()
         flags = (float(self.stop_asked), float(self.saver.busy))
         weight, tokens, learned, stop, busy, *own = sum_over_ranks(
             [*counts(batches), *flags, *self.pace.share()], world=self.world
         )
         self.pace.judge(own, step=step)
-        self.pace.loaded()
         if self.saver.pending and not busy:
             self.saver.finish()
         losses, parts = [], self._loss_parts(self.train_data)
