@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     "distributed": SMALL,
     "trainer": SMALL | {"data", "records", "model", "distributed", "export"},
     "export": SMALL | {"model", "distributed"},
-    "evaluate": SMALL | {"collect", "envs", "policies"},
+    "evaluate": SMALL | {"collect", "records", "envs", "policies"},
     "audit": SMALL | {"data", "records"},
 }
 ENTRY_POINTS = {"cli", "commands"}  # the only places where both halves meet

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_sft.collect.collector import CollectReport, collect, identity_of
-from verl_sft.collect.filters import drop_reason, mask_steps
 from verl_sft.collect.journal import Journal
 from verl_sft.collect.rollout import task_notes
 from verl_sft.collect.worker import config_from_json
@@ -42,6 +41,7 @@ from verl_sft.errors import (
 )
 from verl_sft.prompts.alfworld import DEFAULT
 from verl_sft.records.build import episode_rows
+from verl_sft.records.filters import drop_reason, mask_steps
 from verl_sft.records.read import read_records
 from verl_sft.safe_io import AppendLog, read_log, run_lock
 from verl_sft.types import Episode, StopReason

@@ -33,6 +33,7 @@ SOURCES: dict[str, str] = {
     "own": "verl_sft.records.sources.own:OWN",
     "envscaler": "verl_sft.records.sources.envscaler:ENVSCALER",
     "pettingllms": "verl_sft.records.sources.pettingllms:PETTINGLLMS",
+    "raw": "verl_sft.records.sources.raw:RAW",
     "agentrl_chain": "verl_sft.records.sources.agentrl_chain:AGENTRL_CHAIN",
     "agentrl": "verl_sft.records.sources.agentrl:AGENTRL",
     "userrl": "verl_sft.records.sources.userrl:USERRL",

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from verl_sft.collect.filters import drop_reason, mask_steps
 from verl_sft.config.collect import CollectConfig
 from verl_sft.errors import InputError
 from verl_sft.prompts.base import PromptTemplate
 from verl_sft.records.build import episode_rows
+from verl_sft.records.filters import drop_reason, mask_steps
 from verl_sft.records.io import csv_writer, parquet_writer
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.split import Split, split_groups

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("in= and out= are needed", fix=f"usage: {usage}")
     from verl_sft.records.convert import ConvertReport
     from verl_sft.records.parse import Reject
+    from verl_sft.records.values import LEFT_OUT
     from verl_sft.safe_io import dump_json, make_output_dir, publishing
 
     out = Path(config.out).expanduser()
@@ -47,9 +49,10 @@ def main(words: Sequence[str]) -> int:
     for line in notes:
         say(line)
     _tell(report, beside)
-    if report.refused.total() > config.max_reject_fraction * max(report.total, 1):
+    wrong = sum(count for code, count in report.refused.items() if code not in LEFT_OUT)
+    if wrong > config.max_reject_fraction * max(report.total, 1):
         raise InputError(
-            f"{report.refused.total()} of {report.total} rows were refused",
+            f"{wrong} of {report.total} rows were refused",
             where=str(beside / "rejected.jsonl"),
             why=f"More than max_reject_fraction={config.max_reject_fraction}",
             fix="The file says for each row what to change; the others were written",
@@ -68,7 +71,8 @@ def _convert(
 
     assert isinstance(report, convert.ConvertReport)
     files = _all_files(config.inputs)
-    options = ReadOptions(multiturn=True, format=config.source)
+    formats = {**asdict(config.agentrl), **asdict(config.raw)}
+    options = ReadOptions(multiturn=True, format=config.source, **formats)
     target = find_format(config.target)
 
     def chosen() -> Iterator[SFTRecord]:

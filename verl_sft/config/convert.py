@@ -7,6 +7,7 @@ from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
 from verl_sft.config.select import SelectConfig
+from verl_sft.config.sources import AgentRLConfig, RawConfig
 
 
 @dataclass
@@ -21,6 +22,8 @@ class ConvertConfig:
     source: str = "auto"  # format of the input, or file.py:function
     target: str = "own"  # format of the output
     view: str = "as_is"  # as_is | per_turn: one record per learned turn, with the chat before it
+    agentrl: AgentRLConfig = field(default_factory=AgentRLConfig)
+    raw: RawConfig = field(default_factory=RawConfig)
     val_fraction: float = 0.1  # share of the groups held out, where `out` is a directory
     seed: int = 1  # of the split
     select: SelectConfig = field(default_factory=SelectConfig)

@@ -1,4 +1,4 @@
-"""What single formats and sources of records can be told."""
+"""What single formats and sources of records can be told; names as in `ReadOptions`."""
 
 from __future__ import annotations
 
@@ -24,11 +24,14 @@ class RawConfig:
     rows: str = "step"  # step | episode
     prompt: str = ""  # another template for the prompts; empty: the one they were made with
     history_length: int | None = None  # steps that a windowed prompt quotes; null: as collected
+    require_success: bool = True  # leave out episodes that failed
+    valid_actions: str = "any"  # any | context (invalid steps get weight 0) | all (drop episode)
 
     def __post_init__(self) -> None:
-        one_of("data.raw.rows", self.rows, ("step", "episode"))
+        one_of("raw.rows", self.rows, ("step", "episode"))
+        one_of("raw.valid_actions", self.valid_actions, ("any", "context", "all"))
         if self.history_length is not None:
-            at_least("data.raw.history_length", self.history_length, 0)
+            at_least("raw.history_length", self.history_length, 0)
 
 
 @dataclass

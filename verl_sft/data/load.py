@@ -31,6 +31,7 @@ from verl_sft.data.workers import tokenise_all
 from verl_sft.errors import InputError, VerlSftError
 from verl_sft.records.mix import Source, read_mix
 from verl_sft.records.parse import ReadOptions, Reject
+from verl_sft.records.values import LEFT_OUT
 from verl_sft.safe_io import content_hash, file_sha256, make_output_dir, publish_dir, storage_error
 from verl_sft.types import JSON
 
@@ -163,7 +164,8 @@ def _build(
 
             def refuse(bad: Reject) -> None:
                 report.rows += 1
-                report.rejected[bad.code] += 1
+                left_out = bad.code in LEFT_OUT
+                (report.dropped if left_out else report.rejected)[bad.code] += 1
                 writer.reject(
                     {"file": bad.file, "row": bad.row, "field": bad.field, "code": bad.code,
                      "reason": bad.message, "fix": bad.fix}
@@ -230,11 +232,8 @@ def read_options(config: DataConfig) -> ReadOptions:
         enable_thinking_key=config.multiturn.enable_thinking_key,
         format=config.format,
         mask_history=config.mask_history,
-        drop_zero_advantage=config.agentrl.drop_zero_advantage,
-        minimal_advantage=config.agentrl.minimal_advantage,
-        rows=config.raw.rows,
-        prompt=config.raw.prompt,
-        history_length=config.raw.history_length,
+        **asdict(config.agentrl),
+        **asdict(config.raw),
     )
 
 

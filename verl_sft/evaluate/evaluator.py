@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from verl_sft.collect.filters import FAILED
 from verl_sft.collect.rollout import (
     EpisodeSpec,
     RolloutSettings,
@@ -18,6 +17,7 @@ from verl_sft.config.collect import CollectConfig, EvaluateConfig, PromptConfig
 from verl_sft.errors import PartialError, UsageError
 from verl_sft.evaluate.metrics import summarise
 from verl_sft.policies.hf_local import prompt_of_model
+from verl_sft.records.filters import FAILED
 from verl_sft.registry import ENVIRONMENTS, POLICIES, PROMPTS, resolve
 from verl_sft.safe_io import make_output_dir, write_json
 from verl_sft.types import JSON, Episode, Step

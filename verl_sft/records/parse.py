@@ -54,6 +54,8 @@ class ReadOptions:
     rows: str = "step"  # of raw episodes: step | episode
     prompt: str = ""  # template of their prompts; empty: as they were made
     history_length: int | None = None  # of windowed prompts; None: as they were made
+    require_success: bool = True  # of episodes
+    valid_actions: str = "any"
 
     @property
     def names_columns(self) -> bool:

@@ -9,6 +9,13 @@ from typing import Any
 from verl_sft.records.rows import load_json
 from verl_sft.types import JSON
 
+# Codes of rows that options or their own tool leave out: counted, but not held against the data.
+LEFT_OUT = frozenset(
+    {
+        *("SMALL_ADVANTAGE", "ABANDONED", "NO_COMPLETED_CALL"),
+        *("NOT_SUCCESSFUL", "INVALID_ACTION", "ENV_ERROR", "POLICY_ERROR", "ABORTED"),
+    }
+)
 _LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
