@@ -470,7 +470,7 @@ def test_trackers_get_every_step(
     if name in ("wandb", "swanlab"):
         assert told[0]["mode"] == "offline"
     if name == "mlflow":
-        assert told[0].startswith("file:")
+        assert told[0].startswith("sqlite:///")
 
 
 def test_a_tracker_that_raises_is_told_once(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 QUEUE_SIZE = 1000  # steps that a tracker may lag behind
-CLOSE_SECONDS = 20.0  # that a run waits for it at the end
+CLOSE_SECONDS = 30.0  # that a run waits for it at the end
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASS", re.IGNORECASE)
 
 
@@ -54,7 +54,8 @@ def _wandb(module: Any, info: RunInfo) -> Session:
 
 
 def _mlflow(module: Any, info: RunInfo) -> Session:
-    place = (info.directory / "mlruns").absolute().as_uri()
+    # A database: mlflow 3 refuses to write plain files.
+    place = f"sqlite:///{(info.directory / 'mlflow.db').absolute()}"
     module.set_tracking_uri(os.environ.get("MLFLOW_TRACKING_URI") or place)
     module.set_experiment(info.project)
     module.start_run(run_name=info.name)
