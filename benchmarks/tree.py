@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from benchmarks.report import row
 from verl_sft.data.collate import PackedBatch, collate
 from verl_sft.data.plan import validation_plan
-from verl_sft.data.sample import TokenizedSample, make_sample
+from verl_sft.data.sample import Int32Array, TokenizedSample, make_sample
 from verl_sft.data.tree import shared_lengths
 from verl_sft.model.attention import pick_attention
 from verl_sft.model.loss import LossModel
@@ -80,10 +81,18 @@ def batches_of(samples: Sequence[TokenizedSample], *, share: bool) -> list[Packe
         lengths,
         token_budget=BUDGET,
         dp_size=1,
-        shared=shared_lengths(samples, units=units) if share else None,
+        shared=shared_lengths(_Ids(samples), units=units) if share else None,
     )
     rows = [[[samples[i] for i in row] for row in micro] for micro in plan.ranks[0]]
     return [collate(row, pad_id=0, share=share) for row in rows]
+
+
+@dataclass(frozen=True)
+class _Ids:
+    samples: Sequence[TokenizedSample]
+
+    def input_ids(self, index: int) -> Int32Array:
+        return self.samples[index].input_ids
 
 
 def make(share: bool) -> tuple[LossModel, torch.optim.Optimizer]:

@@ -15,10 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_ranks import VOCAB, ToyStore, run_ranks, steps_of, toy_config, toy_model
+from verl_sft.config.train import DataConfig, MultiturnConfig
 from verl_sft.data import tree as tree_module
+from verl_sft.data.audit import audit_lines
 from verl_sft.data.collate import collate
+from verl_sft.data.load import load_samples
 from verl_sft.data.plan import EpochPlan, plan_epoch, validation_plan
 from verl_sft.data.sample import TokenizedSample, make_sample
+from verl_sft.data.tokenizer import tokenizer_spec
 from verl_sft.data.tree import build_trees, neighbour_units, shared_lengths
 from verl_sft.errors import UsageError
 from verl_sft.model import tree_attention as attention_module
@@ -31,7 +35,10 @@ from verl_sft.model.tree_attention import (
     register_tree_attention,
     tree_attention,
 )
+from verl_sft.records.io import write_parquet
+from verl_sft.records.schema import SFTRecord
 from verl_sft.trainer.inputs import check_options
+from verl_sft.types import Message
 
 CPU = torch.device("cpu")
 # Few ids, so that samples share, part and meet in every way; weights are 0 for context.
@@ -120,7 +127,9 @@ def test_a_row_of_the_plan_keeps_the_budget(
     """The planned tokens of a row are never fewer than those of the trees made of it."""
     samples = make(rows)
     lengths = np.array([len(s) for s in samples])
-    shared = shared_lengths(samples, units=np.zeros(len(samples), int), min_shared=min_shared)
+    shared = shared_lengths(
+        ToyStore(samples), units=np.zeros(len(samples), int), min_shared=min_shared
+    )
     plan = validation_plan(lengths, token_budget=12, dp_size=ranks, shared=shared)
     assert plan.sample_indices() == list(range(len(samples)))
     for row in (row for rank in plan.ranks for micro in rank for row in micro):
@@ -151,8 +160,41 @@ def test_neighbours_that_share_half_are_one_unit() -> None:
     prompt, other = list(range(100, 130)), list(range(200, 230))
     samples = [make_sample([*p, *range(n)], weights=[1] * (30 + n))
                for p, n in ((prompt, 9), (prompt, 8), (other, 9), (other, 70))]  # fmt: skip
-    assert neighbour_units(samples, np.arange(4)).tolist() == [0, 0, 1, 1]
-    assert neighbour_units(samples, np.array([0, 1, 1, 2])).tolist() == [0, 0, 0, 0]
+    store = ToyStore(samples)
+    assert neighbour_units(store, np.arange(4)).tolist() == [0, 0, 1, 1]
+    assert neighbour_units(store, np.array([0, 1, 1, 2])).tolist() == [0, 0, 0, 0]
+
+
+# Old answers are shortened, as templates do that drop old thoughts.
+FORGETFUL = """\
+{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}
+{{- m.content if m.role == 'user' or loop.last else m.content[-8:] }}{{ '<|im_end|>\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+
+def test_views_in_the_token_cache_are_units(model: Path, tmp_path: Path) -> None:
+    """Each conversation of the cache is one unit, and the audit says how much its views repeat."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(str(model))
+    tokenizer.chat_template = FORGETFUL
+    rows = []
+    for name in ("one", "two"):
+        turns = [(Message("user", f"{name} sees shelf {n} " * 5), Message("assistant", "go " * 9))
+                 for n in range(3)]  # fmt: skip
+        rows.append(SFTRecord(messages=tuple(m for turn in turns for m in turn), record_id=name))
+    write_parquet(tmp_path / "train.parquet", rows)
+    store = load_samples(
+        [tmp_path / "train.parquet"],
+        tokenizer=tokenizer_spec(tokenizer, name=str(model)),
+        config=DataConfig(multiturn=MultiturnConfig(enable=True)),
+        cache_dir=tmp_path / "cache",
+    )
+    assert store.units().tolist() == [0, 0, 0, 1, 1, 1]
+    shared = shared_lengths(store, units=store.units())
+    assert shared[0] == shared[3] == 0 and (shared[[1, 2, 4, 5]] > 0).all()
+    share = shared.sum() / store.report.tokens
+    assert f"{share:.1%} of all tokens repeat" in audit_lines(store)[0]
 
 
 def dense(subtree_end: torch.Tensor) -> torch.Tensor:

@@ -46,6 +46,9 @@ class ToyStore:
         self.lengths = np.array([len(s) for s in samples], dtype=np.int64)
         self.fingerprint = f"toy-{len(samples)}-{int(self.lengths.sum())}"
 
+    def input_ids(self, index: int) -> np.ndarray:
+        return self.samples[index].input_ids
+
     def units(self) -> np.ndarray:
         names = [s.record_id for s in self.samples]
         return np.cumsum([a != b for a, b in zip(names, [None, *names], strict=False)]) - 1

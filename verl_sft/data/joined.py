@@ -33,10 +33,17 @@ class JoinedStore:
     def __getitem__(self, index: int) -> TokenizedSample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
+        store, within = self._place(index)
+        return self._renumbered(store[within], store)
+
+    def input_ids(self, index: int) -> npt.NDArray[np.int32]:
+        """As `SampleStore.input_ids`."""
+        store, within = self._place(index)
+        return store.input_ids(within)
+
+    def _place(self, index: int) -> tuple[SampleStore, int]:
         place = int(np.searchsorted(self._bounds, index, side="right")) - 1
-        store = list(self.stores.values())[place]
-        sample = store[index - int(self._bounds[place])]
-        return self._renumbered(sample, store)
+        return list(self.stores.values())[place], index - int(self._bounds[place])
 
     def units(self) -> npt.NDArray[np.int64]:
         """As `SampleStore.units`, counted through all stores."""

@@ -51,9 +51,10 @@ class TokenTrees:
 
 
 class Samples(Protocol):
-    """Tokenised samples by index."""
+    """Stored samples."""
 
-    def __getitem__(self, index: int) -> TokenizedSample: ...
+    def input_ids(self, index: int) -> Int32Array:
+        """Of one of them."""
 
 
 def build_trees(samples: Sequence[TokenizedSample], *, min_shared: int = MIN_SHARED) -> TokenTrees:
@@ -147,7 +148,7 @@ def shared_lengths(
     """
     shared = np.zeros(len(units), dtype=np.int64)
     for index in (np.flatnonzero(np.diff(units, prepend=-1) == 0)).tolist():
-        common = common_length(samples[index - 1].input_ids, samples[index].input_ids)
+        common = common_length(samples.input_ids(index - 1), samples.input_ids(index))
         shared[index] = common - 1 if common >= min_shared else 0
     return shared
 
@@ -156,7 +157,7 @@ def neighbour_units(samples: Samples, units: Int64Array) -> Int64Array:
     """Join units (int64 [N], ascending) whose neighbours share at least half of the shorter one."""
     starts = np.diff(units, prepend=-1)
     for index in np.flatnonzero(starts[1:]).tolist():
-        one, other = samples[index].input_ids, samples[index + 1].input_ids
+        one, other = samples.input_ids(index), samples.input_ids(index + 1)
         starts[index + 1] = 2 * common_length(one, other) < min(len(one), len(other))
     joined: Int64Array = starts.cumsum() - starts[:1]
     return joined
