@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
@@ -27,13 +27,14 @@ def load_config(
     *,
     say: Callable[[str], None] | None = None,
     world_size: int | None = None,
+    values: Mapping[str, Any] | None = None,
 ) -> T:
-    """Build `schema` from its defaults, files and `key=value` words, in that order.
+    """Build `schema` from its defaults, files, `values` and `key=value` words, in that order.
 
     Files are `--config FILE.yaml` with our keys and `--llamafactory FILE.yaml` with theirs, whose
     batch size is per process (`world_size`; default: what torchrun says). A section given a plain
-    name (`env=alfworld`) sets its `name`. `say` hears of every key of another dialect that was
-    translated or has no effect.
+    name (`env=alfworld`) sets its `name`. `values` has nested or dotted keys. `say` hears of every
+    key of another dialect that was translated or has no effect.
 
     Raises:
         UsageError: unknown key (with the nearest known one), wrong type, or a value out of range.
@@ -50,11 +51,13 @@ def load_config(
                 found = read_llamafactory(path, world_size=ranks)
                 for note in found.notes:
                     _tell(say, note)
-                values: Iterable[tuple[str, Any]] = found.values.items()
+                given: Iterable[tuple[str, Any]] = found.values.items()
             else:
-                values = _flatten(_read_yaml(path))
-            for key, value in values:
+                given = _flatten(_read_yaml(path))
+            for key, value in given:
                 _set(tree, known, key, value, say)
+        for key, value in _flatten(values or {}):
+            _set(tree, known, key, value, say)
         flags, overrides = split_flags(overrides)
         parsed = list(_parse(overrides, defaults=OmegaConf.structured(schema)))
         for key, value in parsed:  # `training.*` keys say the same things as flags
@@ -207,7 +210,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", content)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and value:

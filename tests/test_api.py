@@ -1,0 +1,105 @@
+"""Training from Python: data sets in memory are what is trained, in any of their forms."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train_ranks import toy_model
+from verl_sft.config.train import TrainConfig
+from verl_sft.errors import InputError, UsageError
+from verl_sft.records.read import read_records
+from verl_sft.records.schema import SFTRecord
+from verl_sft.trainer.api import SFTTrainer
+from verl_sft.types import Message
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    rng = random.Random(0)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"{rng.randrange(9)}+1?"},
+                {"role": "assistant", "content": str(n % 7)},
+            ]
+        }
+        for n in range(count)
+    ]
+
+
+def keys(tmp_path: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model.partial_pretrain": str(toy_model(tmp_path)),
+        "data": {"train_batch_size": 4, "max_length": 256},
+        "trainer": {
+            "default_local_dir": str(tmp_path / "run"),
+            "total_epochs": 1,
+            "logger": ["file"],
+            "device": "cpu",
+            "export": False,
+        },
+        **more,
+    }
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_data_set_that_is_given_is_trained(tmp_path: Path) -> None:
+    """Dicts with messages: the steps and tokens of these rows, not of `data.train_files`."""
+    config = keys(tmp_path, **{"data.train_files": "elsewhere.parquet"})
+    run = SFTTrainer(config, train_dataset=rows(8), val_dataset=rows(2)).train()
+    assert len(steps(run)) == 2 and "val/loss" in steps(run)[-1]
+    kept = list(read_records(run / "datasets" / "train.parquet"))
+    assert [m.content for r in kept for m in r.messages] == [
+        m["content"] for row in rows(8) for m in row["messages"]
+    ]
+
+
+def test_records_generators_and_datasets_are_equal(tmp_path: Path) -> None:
+    """Records, a generator of dicts and a `datasets.Dataset` give the same losses."""
+    datasets = pytest.importorskip("datasets")
+    records = [
+        SFTRecord(messages=tuple(Message.from_json(m) for m in row["messages"])) for row in rows(8)
+    ]
+
+    def generator() -> Iterator[dict[str, Any]]:
+        yield from rows(8)
+
+    losses = []
+    for name, given in (
+        ("records", records),
+        ("generator", generator()),
+        ("datasets", datasets.Dataset.from_list(rows(8))),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        run = SFTTrainer(keys(folder), train_dataset=given).train()
+        losses.append([m["train/loss"] for m in steps(run)])
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_pairs_are_read_by_the_keys_of_the_config(tmp_path: Path) -> None:
+    """Prompt and response columns by their names; a second call finds the run finished."""
+    pairs = [{"q": row["messages"][0]["content"], "a": "7"} for row in rows(4)]
+    config = keys(tmp_path, **{"data.prompt_key": "q", "data.response_key": "a"})
+    run = SFTTrainer(config, train_dataset=pairs).train()
+    before = steps(run)
+    assert SFTTrainer(config, train_dataset=pairs).train() == run
+    assert steps(run) == before and len(before) == 1
+
+
+def test_a_bad_row_is_named_by_its_place(tmp_path: Path) -> None:
+    """The error says which row of which data set, and which field."""
+    bad = [*rows(2), {"messages": [{"role": "gpt", "content": "x"}]}]
+    with pytest.raises(InputError, match=r"train_dataset:2:messages\[0\]\.role"):
+        SFTTrainer(keys(tmp_path), train_dataset=bad).train()
+    with pytest.raises(UsageError, match="Did you mean"):
+        SFTTrainer({"data.train_batch_siz": 4})
+    assert isinstance(SFTTrainer(["optim.lr=1e-3"]).config, TrainConfig)
