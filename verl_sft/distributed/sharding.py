@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,10 +37,12 @@ def shard(
     dtype: torch.dtype,
     reshard_after_forward: bool = True,
     offload: bool = False,
+    whole: Iterable[nn.Parameter] = (),
 ) -> Any:
     """Shard `model` in place over the ranks; its gradients become plain sums over all ranks.
 
     Parameters keep their dtype, computation uses `dtype`, gradients are reduced in float32.
+    Those of `whole` (frozen codes, which cannot be cast) stay as they are on every rank.
 
     Returns:
         `model`, now also an `FSDPModule`.
@@ -51,6 +53,7 @@ def shard(
         "mesh": world.mesh,
         "mp_policy": policy,
         "offload_policy": offloading,
+        "ignored_params": set(whole),
     }
     for layer in layers:
         _fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)

@@ -15,10 +15,12 @@ from verl_sft.errors import UsageError
 from verl_sft.model.attention import pick_attention
 from verl_sft.model.build import DTYPES, build_model, decoder_layers, probe_packing
 from verl_sft.model.levers import apply_levers
+from verl_sft.model.quantize import quantised_parameters
 from verl_sft.model.tree_attention import register_tree_attention
 from verl_sft.model.ulysses import check_heads, probe_slices, register_ulysses
 from verl_sft.trainer.early_checks import check_vocabulary
 from verl_sft.trainer.inputs import Inputs, make_plan
+from verl_sft.trainer.lever_checks import set_matmul
 from verl_sft.trainer.optim import make_optimizer
 from verl_sft.trainer.self_checks import require_checks
 from verl_sft.trainer.sft_trainer import SFTTrainer
@@ -41,6 +43,8 @@ def assemble(
     if config.engine.model_dtype == "bf16" and world.is_main:
         print("engine.model_dtype=bf16: small updates are lost to rounding; fp32 is the default")
     plan = inputs.plan
+    if not half:
+        set_matmul(config.engine.fp32_matmul, directory=directory, world=world, say=print)
     with together(world):
         attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
         if plan.share:
@@ -67,6 +71,7 @@ def assemble(
         dtype=dtype,
         reshard_after_forward=config.engine.reshard_after_forward,
         offload=config.engine.offload,
+        whole=quantised_parameters(built.loss_model),
     )
     fill(built.slots, world=world, offload=config.engine.offload)
     apart = probe_packing(model, device=world.device, half=half, vocab_size=vocabulary)

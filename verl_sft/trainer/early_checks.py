@@ -48,7 +48,7 @@ def check_before_data(config: TrainConfig, *, device: torch.device, num_tokens: 
         parts=config.ulysses_sequence_parallel_size,
     )
     if config.model.lora_adapter_path is not None:
-        check_adapter(Path(config.model.lora_adapter_path), shape=shape)
+        check_adapter(Path(config.model.lora_adapter_path).expanduser(), shape=shape)
 
 
 def check_vocabulary(num_tokens: int, *, vocabulary: int) -> None:

@@ -26,10 +26,10 @@ from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
 from verl_sft.trainer.early_checks import check_before_data
 from verl_sft.trainer.env_eval import check_env_eval
-from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.lever_checks import check_levers, idle_levers
+from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.sft_trainer import RunPlan
-from verl_sft.trainer.sharing import check_sharing, shared_tokens, shuffle_units
+from verl_sft.trainer.sharing import check_sharing, missed_sharing, shared_tokens, shuffle_units
 from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
 
 _TEMPLATE_COLUMN = "prompt_template"
@@ -137,6 +137,9 @@ def load_inputs(
     if count < batch:
         say(f"{count} samples are fewer than data.train_batch_size={batch}: one partial batch each")
     plan = make_plan(config, train=train, val=val, world=world)
+    missed = missed_sharing(config, train, on_gpu=world.device.type == "cuda")
+    if missed:
+        say(missed)
     check_best(config.trainer, val_sets=list(plan.validation), validates=bool(plan.validation))
     return Inputs(train, val, paths, plan)
 

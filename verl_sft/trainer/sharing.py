@@ -24,6 +24,8 @@ def obstacle(config: TrainConfig) -> str:
         return "use_remove_padding=false gives every sample a row of its own"
     if config.engine.use_torch_compile:
         return "engine.use_torch_compile=true would compile anew for every tree"
+    if config.model.neftune_noise_alpha:
+        return "model.neftune_noise_alpha adds other noise to each sample"
     if config.model.attn_implementation not in _KERNELS:
         return f"model.attn_implementation={config.model.attn_implementation} knows no trees"
     return ""
@@ -61,6 +63,15 @@ def shared_tokens(
     shared = shared_lengths(store, units=units)
     few = shared.sum() < LEAST_SAVED * store.lengths.sum()
     return None if wanted == "auto" and few else shared
+
+
+def missed_sharing(config: TrainConfig, store: SampleStore, *, on_gpu: bool) -> str:
+    """A line for a run that computes what it could share, and why; empty where that is little."""
+    why = obstacle(config) or "it is not yet measured on CUDA (data.prefix_sharing=true shares)"
+    if config.data.prefix_sharing != "auto" or not (obstacle(config) or on_gpu):
+        return ""
+    saved = shared_lengths(store, units=store.units()).sum() / max(store.lengths.sum(), 1)
+    return f"prefix sharing would save {saved:.0%} of the tokens: {why}" * (saved >= LEAST_SAVED)
 
 
 def without_sharing(config: TrainConfig) -> TrainConfig:
