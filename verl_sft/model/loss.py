@@ -16,7 +16,9 @@ from verl_sft.model.attention import document_kwargs
 from verl_sft.model.noise import add_noise
 from verl_sft.model.tree_attention import tree_kwargs
 
-CHUNK_ROWS = 1024  # learned positions whose logits exist at one time
+# Learned positions whose logits exist at one time: as many as a GPU's products need, or as few as
+# stay in a CPU's caches (V = 32,000: 256 rows are 1.2 times as fast as 1024).
+CHUNK_ROWS = {"cuda": 1024, "cpu": 256}
 
 # A head that is not one matrix product; the full forward of the model knows what to do.
 _LOGIT_TRANSFORMS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
@@ -27,7 +29,7 @@ def loss_sum(
     head_weight: Tensor,
     targets: Tensor,
     weights: Tensor,
-    chunk: int = CHUNK_ROWS,
+    chunk: int = 0,
     each: Tensor | None = None,
 ) -> Tensor:
     """Sum of `weights * cross_entropy(hidden @ head_weight.T, targets)`, as float64 scalar.
@@ -42,9 +44,10 @@ def loss_sum(
         head_weight: [V, D], in the dtype of `hidden`.
         targets: int64 [N].
         weights: float32 [N].
-        chunk: rows of logits at one time.
+        chunk: rows of logits at one time; 0: what the device is fastest with.
         each: float32 [N], is filled with the unweighted loss of each row where it is given.
     """
+    chunk = chunk or CHUNK_ROWS.get(hidden.device.type, max(CHUNK_ROWS.values()))
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         total: Tensor = _ChunkedLoss.apply(hidden, head_weight, targets, weights, chunk, each)  # type: ignore[no-untyped-call]
         return total
@@ -74,22 +77,36 @@ class _ChunkedLoss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float64)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        # One pair of buffers for all chunks: new ones would be page faults or fragments each time.
+        shape = (min(chunk, len(hidden)), len(head))
+        products = hidden.new_empty(shape)
+        exact = (
+            products
+            if products.dtype is torch.float32
+            else products.new_empty(shape, dtype=torch.float32)
+        )
         for part in _chunks(len(hidden), chunk):
-            logits = (hidden[part] @ head.T).float()
-            norm = logits.logsumexp(dim=-1, keepdim=True)
-            picked = logits.gather(1, targets[part, None])
-            losses = (norm - picked).squeeze(1)
+            rows, wanted = hidden[part], targets[part, None]
+            product = torch.mm(rows, head.T, out=products[: len(rows)])
+            logits = product if exact is products else exact[: len(rows)].copy_(product)
+            top = logits.amax(dim=-1, keepdim=True)
+            picked = logits.gather(1, wanted)
+            grad = logits.sub_(top).exp_()
+            norm = grad.sum(dim=-1, keepdim=True)
+            losses = (norm.log() + top - picked).squeeze(1)
             total += _dot(weights[part], losses)
             if each is not None:
                 each[part] = losses
             # d loss / d logits = weight * (softmax - onehot)
-            grad = logits.sub_(norm).exp_().mul_(weights[part, None])
-            grad.scatter_add_(1, targets[part, None], -weights[part, None])
-            grad = grad.to(hidden.dtype)
+            grad.mul_(weights[part, None] / norm).scatter_add_(1, wanted, -weights[part, None])
+            if exact is not products:
+                grad = product.copy_(grad)
             if grad_hidden is not None:
                 torch.mm(grad, head, out=grad_hidden[part])
-            if grad_head is not None:
-                grad_head += grad.T @ hidden[part]
+            if grad_head is not None and exact is products:
+                grad_head.addmm_(grad.T, rows)
+            elif grad_head is not None:
+                grad_head += grad.T @ rows
         ctx.grads = grad_hidden, grad_head  # scaled in place below: no second copy of the head's
         ctx.head_dtype = head.dtype
         return total
@@ -121,7 +138,7 @@ class LossModel(nn.Module):
     have gathered them, tied or not.
     """
 
-    def __init__(self, causal: nn.Module, *, chunk: int = CHUNK_ROWS) -> None:
+    def __init__(self, causal: nn.Module, *, chunk: int = 0) -> None:
         super().__init__()
         self.causal = causal
         self.chunk = chunk
