@@ -19,6 +19,7 @@ NAMES = (
     "cache",
     "records",
     "plan",
+    "memory",
     "train",
     "parallel",
 )

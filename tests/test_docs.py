@@ -30,8 +30,8 @@ from verl_sft.config.train import TrainConfig
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-SCHEMAS = (CollectConfig, DoctorConfig, EvaluateConfig, ExportConfig, InspectConfig, MakeGamesConfig,
-           MakeModelConfig, PlanConfig, QuickstartConfig, TrainConfig)  # fmt: skip
+SCHEMAS = (CollectConfig, DoctorConfig, EvaluateConfig, ExportConfig, InspectConfig,
+           MakeGamesConfig, MakeModelConfig, PlanConfig, QuickstartConfig, TrainConfig)  # fmt: skip
 TREES = [dict(config_keys(schema)) for schema in SCHEMAS]
 SECTIONS = {key for tree in TREES for key, kind in tree.items() if kind and "." not in key}
 FOREIGN = {**ALIASES, **NO_EFFECT}  # allowed where the row says what becomes of them
