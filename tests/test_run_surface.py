@@ -17,11 +17,13 @@ import pytest
 import torch
 
 from tests.train_ranks import ToyStore, run_ranks, toy_config, toy_model, toy_store, weights_of
-from verl_sft.config.train import TrainerConfig
+from verl_sft.config.load import load_config
+from verl_sft.config.train import TrainConfig, TrainerConfig
 from verl_sft.data.collate import collate
 from verl_sft.data.kinds import KINDS, SOURCE, TURN
 from verl_sft.data.plan import StepPlan, plan_epoch
 from verl_sft.data.sample import make_sample
+from verl_sft.distributed.setup import World
 from verl_sft.errors import StorageError, UsageError
 from verl_sft.safe_io import publish_link
 from verl_sft.trainer.best import check_best, judged, stops_early
@@ -29,7 +31,7 @@ from verl_sft.trainer.breakdown import LossParts
 from verl_sft.trainer.checkpoint import TrainProgress, list_checkpoints
 from verl_sft.trainer.env_eval import FAILED, run_evaluation
 from verl_sft.trainer.flops import ModelSize, peak_flops
-from verl_sft.trainer.meter import layout
+from verl_sft.trainer.meter import Meter, layout
 from verl_sft.trainer.trackers import Remote, RunInfo
 from verl_sft.trainer.tracking import Tracker, plot_loss, read_metrics, status
 
@@ -126,6 +128,23 @@ def test_flops_by_hand() -> None:
     assert peak_flops(5e11, device=CPU, dtype="float32") == 5e11
 
 
+def test_rates_are_means_without_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow first step is forgotten; what lies between steps counts for the time that remains."""
+    world = World(0, 1, CPU, mesh=None)  # type: ignore[arg-type]
+    meter = Meter(world=world, size=None, peak=None, budget=10)
+    plan, lengths = StepPlan(((((0,),),),)), np.array([10], dtype=np.int64)
+    now, found = 0.0, {}
+    for seconds, between in ((60.0, 0.0), (1.0, 0.0), (3.0, 4.0)):
+        now += seconds + between
+        monkeypatch.setattr("time.perf_counter", lambda now=now: now)
+        found = meter.measure(
+            plan, lengths=lengths, tokens=10, learned=5, seconds=seconds, remaining=6
+        )
+    assert found["train/tokens_per_second"] == 20 / 4
+    assert found["train/eta_seconds"] == 6 * (1 + 7) / 2
+    assert found["train/fill"] == 1 and "train/mfu" not in found
+
+
 def test_console_lines_are_thinned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Off a terminal: each step of a short run, every Nth of a long one, validation always."""
 
@@ -188,6 +207,7 @@ def test_parts_do_not_depend_on_ranks(model: Path, tmp_path: Path) -> None:
         ("two", 2, {}),
         ("padded", 1, {"use_remove_padding": False}),
         ("shared", 1, {"data__prefix_sharing": "true"}),
+        ("slices", 2, {"ulysses_sequence_parallel_size": 2}),
     ):
         rows = go(model, tmp_path / out, size=size, val=val, **changes)
         for one, other in zip(base, rows, strict=True):
@@ -242,6 +262,39 @@ def test_named_sets(tmp_path: Path) -> None:
     }  # fmt: skip
     assert joined.units().tolist() == [0, 1, 2, 3, 4]
     assert join_sets({"": one}) is one and join_sets({}) is None
+
+
+def test_named_sets_from_files(model: Path, tmp_path: Path) -> None:
+    """`data.val_files={a: ..., b: ...}` tokenises and plans both; an unknown metric is refused."""
+    from tests.test_load import step_rows
+    from verl_sft.model.build import load_tokenizer
+    from verl_sft.records.io import write_parquet
+    from verl_sft.trainer.inputs import load_inputs
+
+    for name, episodes in (("train", 4), ("x", 1), ("y", 2)):
+        write_parquet(tmp_path / f"{name}.parquet", step_rows(episodes))
+    words = [
+        f"data.train_files={tmp_path}/train.parquet", "data.multiturn.enable=true",
+        f"data.val_files={{a: {tmp_path}/x.parquet, b: [{tmp_path}/y.parquet]}}",
+        f"model.partial_pretrain={model}",
+        "trainer.save_best=true", "trainer.best_metric=val/b/loss", "data.num_workers=0",
+    ]  # fmt: skip
+    world = World(0, 1, CPU, mesh=None)  # type: ignore[arg-type]
+
+    def inputs(*more: str) -> Any:
+        config = load_config(TrainConfig, [*words, *more])
+        tokenizer = load_tokenizer(config.model)
+        return load_inputs(
+            config, tokenizer=tokenizer, directory=tmp_path, world=world, say=lambda line: None
+        )
+
+    found = inputs()
+    sizes = {name: len(plan.sample_indices()) for name, plan in found.plan.validation.items()}
+    assert sizes == {"a": 1, "b": 2} and len(found.val) == 3
+    assert found.val.groups == ("x", "y")
+    assert [found.val[i].labels.max() // SOURCE for i in range(3)] == [0, 1, 1]
+    with pytest.raises(UsageError, match="val/c/loss"):
+        inputs("trainer.best_metric=val/c/loss")
 
 
 def test_losses_of_named_sets(model: Path, tmp_path: Path) -> None:
