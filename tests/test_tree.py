@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train_ranks import VOCAB, ToyStore, run_ranks, steps_of, toy_config, toy_model
-from verl_sft.config.train import DataConfig, MultiturnConfig
+from verl_sft.config.train import DataConfig, MultiturnConfig, TrainConfig
 from verl_sft.data import tree as tree_module
 from verl_sft.data.audit import audit_lines
 from verl_sft.data.collate import collate
@@ -38,6 +38,7 @@ from verl_sft.model.tree_attention import (
 from verl_sft.records.io import write_parquet
 from verl_sft.records.schema import SFTRecord
 from verl_sft.trainer.inputs import check_options
+from verl_sft.trainer.sharing import missed_sharing
 from verl_sft.types import Message
 
 CPU = torch.device("cpu")
@@ -195,6 +196,11 @@ def test_views_in_the_token_cache_are_units(model: Path, tmp_path: Path) -> None
     assert shared[0] == shared[3] == 0 and (shared[[1, 2, 4, 5]] > 0).all()
     share = shared.sum() / store.report.tokens
     assert f"{share:.1%} of all tokens repeat" in audit_lines(store)[0]
+    config = TrainConfig()
+    assert not missed_sharing(config, store, on_gpu=False)
+    assert "CUDA" in missed_sharing(config, store, on_gpu=True)
+    config.use_remove_padding = False
+    assert "use_remove_padding" in missed_sharing(config, store, on_gpu=False)
 
 
 def dense(subtree_end: torch.Tensor) -> torch.Tensor:

@@ -67,11 +67,15 @@ def shared_tokens(
 
 def missed_sharing(config: TrainConfig, store: SampleStore, *, on_gpu: bool) -> str:
     """A line for a run that computes what it could share, and why; empty where that is little."""
-    why = obstacle(config) or "it is not yet measured on CUDA (data.prefix_sharing=true shares)"
-    if config.data.prefix_sharing != "auto" or not (obstacle(config) or on_gpu):
+    why = obstacle(config)
+    if on_gpu and not why:
+        why = "it is not yet measured on CUDA (data.prefix_sharing=true shares)"
+    if config.data.prefix_sharing != "auto" or not why:
         return ""
     saved = shared_lengths(store, units=store.units()).sum() / max(store.lengths.sum(), 1)
-    return f"prefix sharing would save {saved:.0%} of the tokens: {why}" * (saved >= LEAST_SAVED)
+    if saved < LEAST_SAVED:
+        return ""
+    return f"prefix sharing would save {saved:.0%} of the tokens: {why}"
 
 
 def without_sharing(config: TrainConfig) -> TrainConfig:
