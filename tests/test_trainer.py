@@ -259,11 +259,12 @@ def test_signals_through_the_launcher(model: Path, tmp_path: Path) -> None:
     ]
     command = [sys.executable, "-m", "verl_sft.cli", "train", *words]
     metrics, log = out / "metrics.jsonl", tmp_path / "log"
+    env = {**os.environ, "TEST_RUN": str(tmp_path)}
 
     def start(steps: int) -> subprocess.Popen[bytes]:
         with log.open("wb") as stream:
             run = subprocess.Popen(
-                command, cwd=ROOT, stdout=stream, stderr=stream, start_new_session=True
+                command, cwd=ROOT, env=env, stdout=stream, stderr=stream, start_new_session=True
             )
         assert _soon(lambda: metrics.is_file() and len(_lines(metrics)) > steps), log.read_text()
         return run
@@ -279,7 +280,7 @@ def test_signals_through_the_launcher(model: Path, tmp_path: Path) -> None:
     run = start(done)
     run.kill()
     run.wait()
-    assert _soon(lambda: not _alive(run.pid)), "ranks outlive their launcher"
+    assert _soon(lambda: not _alive(f"TEST_RUN={tmp_path}")), "ranks outlive their launcher"
 
 
 def _soon(true: Callable[[], bool]) -> bool:
@@ -290,12 +291,11 @@ def _soon(true: Callable[[], bool]) -> bool:
     return true()
 
 
-def _alive(session: int) -> bool:
-    """Whether a process of that session still runs."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
+def _alive(mark: str) -> bool:
+    """Whether a process with that in its environment still runs (ranks have other sessions)."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            state, _, _, owner = path.read_text().rpartition(")")[2].split()[:4]
-            if int(owner) == session and state not in "ZX":
+            if mark.encode() in path.read_bytes().split(b"\0"):
                 return True
     return False
 

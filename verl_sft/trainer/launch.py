@@ -88,7 +88,7 @@ def exit_code(status: Path, *, launcher_code: int) -> int:
     if launcher_code in (0, -signal.SIGINT, 130):
         return 0 if launcher_code == 0 else 130
     if not left:
-        return launcher_code if launcher_code > 0 else 1
+        return launcher_code if launcher_code > 0 else 128 - launcher_code
     place = Path(left["directory"]) if left.get("directory") else None
     error = PeerLostError(
         f"{_who_died(status.with_name(_CODES))}{_how_far(place)}",
