@@ -45,35 +45,10 @@ def assemble(
     plan = inputs.plan
     if not half:
         set_matmul(config.engine.fp32_matmul, directory=directory, world=world, say=print)
-    with together(world):
-        attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
-        if plan.share:
-            attention = register_tree_attention()
-        if world.sp_group is not None:
-            attention = register_ulysses(attention, group=world.sp_group)
-        built = build_model(
-            config.model,
-            dtype=DTYPES[config.engine.model_dtype],
-            attention=attention,
-            seed=config.trainer.seed,
-            on_meta=wants_meta(config.engine.meta_start, world=world),
-            device=world.device,
-        )
-        apply_levers(built.loss_model, config=config, device=world.device)
-        check_start(built, meta_start=config.engine.meta_start)
-        vocabulary = int(built.causal.config.vocab_size)
-        check_fit(inputs, model_config=built.causal.config, num_tokens=len(tokenizer))
-        check_heads(built.causal.config, parts=world.sp_size)
-    model = shard(
-        built.loss_model,
-        layers=decoder_layers(built.causal),
-        world=world,
-        dtype=dtype,
-        reshard_after_forward=config.engine.reshard_after_forward,
-        offload=config.engine.offload,
-        whole=quantised_parameters(built.loss_model),
+    model, attention = load_sharded(
+        config, world=world, inputs=inputs, num_tokens=len(tokenizer), dtype=dtype
     )
-    fill(built.slots, world=world, offload=config.engine.offload)
+    vocabulary = int(model.causal.config.vocab_size)
     apart = probe_packing(model, device=world.device, half=half, vocab_size=vocabulary)
     if world.sp_group is not None:
         probe_slices(
@@ -109,6 +84,50 @@ def assemble(
         directory=directory,
     )
     return trainer, model
+
+
+def load_sharded(
+    config: TrainConfig, *, world: World, inputs: Inputs, num_tokens: int, dtype: torch.dtype
+) -> tuple[Any, str]:
+    """The sharded `LossModel`, and the name of its attention in transformers' table.
+
+    Args:
+        config: of the run.
+        world: the ranks.
+        inputs: what will be read.
+        num_tokens: of the tokenizer.
+        dtype: of compute.
+    """
+    half = dtype is torch.bfloat16
+    with together(world):
+        attention = pick_attention(config.model.attn_implementation, device=world.device, half=half)
+        if inputs.plan.share:
+            attention = register_tree_attention()
+        if world.sp_group is not None:
+            attention = register_ulysses(attention, group=world.sp_group)
+        built = build_model(
+            config.model,
+            dtype=DTYPES[config.engine.model_dtype],
+            attention=attention,
+            seed=config.trainer.seed,
+            on_meta=wants_meta(config.engine.meta_start, world=world),
+            device=world.device,
+        )
+        apply_levers(built.loss_model, config=config, device=world.device)
+        check_start(built, meta_start=config.engine.meta_start)
+        check_fit(inputs, model_config=built.causal.config, num_tokens=num_tokens)
+        check_heads(built.causal.config, parts=world.sp_size)
+    model = shard(
+        built.loss_model,
+        layers=decoder_layers(built.causal),
+        world=world,
+        dtype=dtype,
+        reshard_after_forward=config.engine.reshard_after_forward,
+        offload=config.engine.offload,
+        whole=quantised_parameters(built.loss_model),
+    )
+    fill(built.slots, world=world, offload=config.engine.offload)
+    return model, attention
 
 
 def check_fit(inputs: Inputs, *, model_config: Any, num_tokens: int) -> None:
