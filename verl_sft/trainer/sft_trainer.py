@@ -28,7 +28,13 @@ from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.failures import explain_memory
 from verl_sft.trainer.flops import peak_flops
 from verl_sft.trainer.meter import Meter, model_size
-from verl_sft.trainer.optim import gradient_norm, lr_factor, scale_gradients, warmup_steps
+from verl_sft.trainer.optim import (
+    gradient_norm,
+    lr_factor,
+    scale_gradients,
+    set_learning_rate,
+    warmup_steps,
+)
 from verl_sft.trainer.pace import Pace
 from verl_sft.trainer.saving import Saver
 from verl_sft.trainer.skipping import bad_samples, check_skip, flagged, is_finite
@@ -221,10 +227,8 @@ class SFTTrainer:
             skipped = self._skip(step_plan, values)
         self.optimizer.zero_grad(set_to_none=True)
         self.pace.end()
-        named = parts.named(sums, prefix="train/")
-        return StepOutcome(
-            total_loss, norm, lr, int(tokens), int(learned), bool(stop), named, skipped
-        )
+        named, known = parts.named(sums, prefix="train/"), (int(tokens), int(learned), bool(stop))
+        return StepOutcome(total_loss, norm, lr, *known, named, skipped)
 
     def validate(self) -> dict[str, float]:
         """Mean losses per learned token over every validation row, on all ranks."""
@@ -301,8 +305,7 @@ class SFTTrainer:
         clip = self.config.optim.clip_grad
         if clip > 0 and norm > clip:
             scale_gradients(self.parameters, factor=clip / norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
 
     def _skip(self, step_plan: StepPlan, losses: Sequence[float]) -> list[str]:
