@@ -22,6 +22,7 @@ from verl_sft.errors import UsageError
 from verl_sft.export.upload import check_target
 from verl_sft.model.build import model_fingerprint
 from verl_sft.records.mix import Source, mix_lines, resolve_sources
+from verl_sft.records.mongo import mongo_sources
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
 from verl_sft.trainer.early_checks import check_before_data
@@ -141,6 +142,16 @@ def load_inputs(
     if missed:
         say(missed)
     check_best(config.trainer, val_sets=list(plan.validation), validates=bool(plan.validation))
+    with together(world):
+        if world.is_main:
+            facts = {
+                "quadratic_cost": planning_cost(config.model),
+                "world_size": world.size,
+                "token_budget": config.data.token_budget,
+                "steps_per_epoch": plan.steps_per_epoch,
+                "total_steps": plan.total_steps,
+            }
+            write_json(directory / "plan.json", facts)
     return Inputs(train, val, paths, plan)
 
 
@@ -166,17 +177,27 @@ def read_splits(
             say=lambda line: print(line, flush=True),  # only one rank builds
         )
 
+    def mongo(split: str) -> list[Source]:
+        def say(line: str) -> None:
+            if world.is_main:
+                print(line, flush=True)
+
+        return mongo_sources(data.mongo, split, folder=cache / "mongo", say=say)
+
     with together(world):
-        if data.train_files is None:
+        if data.train_files is None and not data.mongo.uri:
             raise UsageError(
                 "no training data given",
                 where="data.train_files",
-                fix="Give an sft_data directory, parquet files, or a list of them",
+                fix="Give an sft_data directory, parquet files, a list of them, or data.mongo.uri",
             )
-        train_files = resolve_sources(data.train_files, split="train")
+        train_files = [*resolve_sources(data.train_files or [], split="train"), *mongo("train")]
         val_files = {
             name: _val_files(spec, train_files) for name, spec in named_sets(data.val_files).items()
         }
+        if found := mongo("val"):
+            name = "" if list(val_files) == [""] else "mongo"
+            val_files[name] = [*val_files.get(name, []), *found]
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
         val = join_sets(
