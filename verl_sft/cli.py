@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("verl_sft.commands.collect", "play an environment, write train and val rows"),
     "convert": ("verl_sft.commands.convert", "data of other tools into ours, and back"),
     "stats": ("verl_sft.commands.stats", "sizes, successes, repetitions and leaks of data"),
+    "upload": ("verl_sft.commands.upload", "records into a MongoDB collection"),
     "inspect": ("verl_sft.commands.inspect", "show what a run would train on, token by token"),
     "plan": ("verl_sft.commands.plan", "steps, fill, balance and memory of a run, before it"),
     "train": ("verl_sft.commands.train", "fine-tune a model on rows"),
