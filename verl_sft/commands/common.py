@@ -16,11 +16,17 @@ T = TypeVar("T")
 
 
 def read_words(
-    schema: type[T], words: Sequence[str], *, usage: str, world_size: int | None = None
+    schema: type[T],
+    words: Sequence[str],
+    *,
+    usage: str,
+    world_size: int | None = None,
+    told_later: bool = False,
 ) -> T | None:
     """The command's config, or None after `--help` or `--dry-run` was answered.
 
-    `world_size` is the number of processes that the command will start.
+    `world_size` is the number of processes that the command will start, `told_later` that one of
+    them says which keys were translated.
 
     Raises:
         UsageError: as `load_config`.
@@ -30,8 +36,10 @@ def read_words(
         print("\n".join(_key_lines(schema())))
         return None
     rest = [w for w in words if w != "--dry-run"]
-    config = load_config(schema, rest, say=say, world_size=world_size)
-    if len(rest) < len(words):
+    dry = len(rest) < len(words)
+    silent = told_later and not dry
+    config = load_config(schema, rest, say=None if silent else say, world_size=world_size)
+    if dry:
         print(to_yaml(config), end="")
         return None
     return config

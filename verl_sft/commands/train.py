@@ -16,7 +16,7 @@ def main(words: Sequence[str]) -> int:
         "verl-sft train [nproc=N] [--llamafactory FILE.yaml] data.train_files=DIR "
         "model.partial_pretrain=HF_DIR [key=value ...]"
     )
-    if read_words(TrainConfig, rest, usage=usage, world_size=nproc) is None:
+    if read_words(TrainConfig, rest, usage=usage, world_size=nproc, told_later=True) is None:
         return 0
     from verl_sft.trainer.launch import default_nproc, launch
 
