@@ -23,7 +23,7 @@ from verl_sft.model.attention import pick_attention
 from verl_sft.model.loss import LossModel
 from verl_sft.model.tree_attention import register_tree_attention
 
-VOCABULARY, BUDGET, STEPS = 8192, 8192, 3
+VOCABULARY, BUDGET, STEPS = 8192, 8192, 2
 # Tokens of ALFWorld dialogues whose observations list the admissible actions.
 PROMPT, OBSERVATION, THOUGHT, ACTION = 450, 200, 80, 15
 
