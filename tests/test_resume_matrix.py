@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,9 @@ from tests.train_ranks import (
     weights_of,
 )
 from verl_sft.distributed.sharding import local
+from verl_sft.errors import UsageError
 from verl_sft.trainer import checkpoint
+from verl_sft.trainer.resume import find_start, remember_data
 from verl_sft.trainer.saving import Saver
 from verl_sft.trainer.state import TrainState
 
@@ -199,3 +203,36 @@ def test_finished_and_retained(model: Path, tmp_path: Path) -> None:
     (report,) = run_ranks(config)
     assert report["code"] == 0 and all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert weights_of(tmp_path / "run").keys() == tensors.keys()
+
+
+def test_what_changed_is_named(model: Path, tmp_path: Path) -> None:
+    """Rows, chat template, tokenizer or a data option changed since: refused, each by its name."""
+    config = toy_config(model, tmp_path / "run")
+    assert run_ranks(config)[0]["code"] == 0
+    _, newest = checkpoint.list_checkpoints(tmp_path / "run")[0]
+    marks = checkpoint.verify(newest)["fingerprint"]
+    key = {
+        "files": [["train.parquet", "0123456789abcdef"]],
+        "tokenizer": {"name": "one", "chat_template": "{{ messages }}"},
+        "max_length": 64,
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "contents of train.parquet": {"files": [["train.parquet", "fedcba9876543210"]]},
+        "chat_template": {"tokenizer": {"name": "one", "chat_template": "{{ tools }}"}},
+        "tokenizer.name": {"tokenizer": {"name": "two", "chat_template": "{{ messages }}"}},
+        "max_length: 64 -> 32": {"max_length": 32},
+    }
+    stores = []
+    for number, change in enumerate([{}, *changes.values()]):
+        folder = tmp_path / f"cache{number}"
+        folder.mkdir()
+        (folder / "key.json").write_text(json.dumps({**key, **change}))
+        stores.append(SimpleNamespace(path=folder))
+    remember_data(tmp_path / "run", store=stores[0])
+    given: dict[str, Any] = {"directory": tmp_path / "run", "say": print}
+    assert find_start(config, marks=marks, store=stores[0], **given) is not None
+    for name, store in zip(changes, stores[1:], strict=True):
+        with pytest.raises(UsageError, match=name):
+            find_start(config, marks={**marks, "data": "other"}, store=store, **given)
+    with pytest.raises(UsageError, match=r"trainer\.seed: 1 then, 2 now"):
+        find_start(config, marks={**marks, "trainer.seed": 2}, store=stores[0], **given)

@@ -39,7 +39,7 @@ from verl_sft.trainer.inputs import (
     load_inputs,
     provenance,
 )
-from verl_sft.trainer.resume import find_start
+from verl_sft.trainer.resume import find_start, remember_data
 from verl_sft.trainer.sft_trainer import RunPlan, SFTTrainer
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import write_status
@@ -98,7 +98,9 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     inputs = load_inputs(config, tokenizer=tokenizer, directory=directory, world=world, say=say)
     marks = fingerprint(config, inputs=inputs)
     with together(world):
-        found = find_start(config, directory=directory, marks=marks, say=say)
+        found = find_start(config, directory=directory, marks=marks, store=inputs.train, say=say)
+        if world.is_main:
+            remember_data(directory, store=inputs.train)
     out = directory / EXPORT_DIR
     start = TrainProgress(**found[1]["progress"]) if found else TrainProgress()
     early = stops_early(start, config=config.trainer)

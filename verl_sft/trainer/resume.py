@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+from verl_sft import safe_io
 from verl_sft.config.train import TrainConfig
+from verl_sft.data.stale import key_changes
 from verl_sft.errors import UsageError
 from verl_sft.trainer import checkpoint
 
+DATA_KEY = "data_key.json"  # in the run's directory: what its tokens depend on
+
 
 def find_start(
-    config: TrainConfig, *, directory: Path, marks: dict[str, Any], say: Any
+    config: TrainConfig, *, directory: Path, marks: dict[str, Any], store: Any, say: Any
 ) -> tuple[Path, dict[str, Any]] | None:
     """The verified checkpoint to go on from, or None for a fresh run.
 
@@ -42,5 +47,39 @@ def find_start(
     else:
         found = checkpoint.find_resume(directory, say=say)
     if found is not None:
-        checkpoint.check_fingerprint(found[1]["fingerprint"], current=marks, where=found[0])
+        _check_same(found[1]["fingerprint"], marks=marks, where=found[0], store=store)
+    return found
+
+
+def remember_data(directory: Path, *, store: Any) -> None:
+    """Note from which files, template and settings the tokens were made, for a later message."""
+    key = _data_key(getattr(store, "path", None), "key.json")
+    if key is not None:
+        safe_io.write_json(directory / DATA_KEY, key)
+
+
+def _check_same(saved: dict[str, Any], *, marks: dict[str, Any], where: Path, store: Any) -> None:
+    try:
+        checkpoint.check_fingerprint(saved, current=marks, where=where)
+    except UsageError as error:
+        old = _data_key(where.parent, DATA_KEY)
+        new = _data_key(getattr(store, "path", None), "key.json")
+        changes = key_changes(old, new) if old is not None and new is not None else []
+        if saved.get("data") == marks.get("data") or not changes:
+            raise
+        raise UsageError(
+            error.what,
+            where=error.where,
+            why=f"The data differ in: {'; '.join(changes)}. {error.why}",
+            fix=error.fix,
+        ) from error
+
+
+def _data_key(folder: Path | None, name: str) -> dict[str, Any] | None:
+    if folder is None:
+        return None
+    try:
+        found: dict[str, Any] = json.loads((folder / name).read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
     return found
