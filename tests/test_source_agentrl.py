@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.chat_records import records
+from verl_sft.records.mix import Source, mix_lines, read_mix
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.read import find_format, read_records
 from verl_sft.records.rows import record_to_row, row_to_record
-from verl_sft.records.schema import SFTRecord
+from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.records.values import BadRowError
 
 CHAT = [
@@ -126,13 +128,13 @@ def test_no_advantages_teach_every_answer_and_say_so() -> None:
     for empty in ({}, None, "{}", []):
         record = read(ROW | {"advantages": empty})
         assert record.supervise is None
-        assert record.meta["note"] == "no advantages: every answer is learned"
+        assert record.meta[NOTE] == "no advantages: every answer is learned"
     flagged = [*CHAT[:3], CHAT[3] | {"loss_mask": 0}]
     record = read(ROW | {"messages": flagged, "advantages": {}})
-    assert record.supervise == (1,) and "note" not in record.meta
+    assert record.supervise == (1,) and NOTE not in record.meta
     both = read(ROW | {"messages": flagged})
     assert both.supervise == (1,)
-    assert "note" not in read(ROW).meta
+    assert NOTE not in read(ROW).meta
 
 
 def test_small_advantages_are_left_out_when_asked() -> None:
@@ -251,3 +253,15 @@ def test_nothing_to_learn_is_not_written() -> None:
     with pytest.raises(BadRowError) as bad:
         write(SFTRecord(messages=read(ROW).messages, supervise=()))
     assert bad.value.code == "NOTHING_LEARNED"
+
+
+def test_rows_without_advantages_are_counted(tmp_path: Path) -> None:
+    """The mix says how many rows left open what is learned."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(ROW | {"advantages": a}) + "\n" for a in ({}, {}, {"1": 1})))
+    counts: Counter[str] = Counter()
+    options = ReadOptions(multiturn=True)
+    assert len(list(read_mix([Source((path,))], options=options, counts=counts))) == 3
+    assert mix_lines(counts) == [
+        "note: rows.jsonl: 2 records: no advantages: every answer is learned"
+    ]

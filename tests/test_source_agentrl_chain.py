@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import find_format, read_records
-from verl_sft.records.schema import SFTRecord
+from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.records.sources.agentrl_chain import chain_rows
 from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON
@@ -145,7 +145,7 @@ def test_records_as_files(tmp_path: Path) -> None:
     assert first.supervise is not None and first.supervise == (2, 4)
     assert (first.task_id, first.group_id, first.episode_id) == ("task-7", "task-7", "65f0")
     assert first.reward == 1.0 and first.meta["calls"] == {"completed": 2}
-    assert unscored.meta["note"].startswith("neither") and unscored.reward is None
+    assert unscored.meta[NOTE].startswith("neither") and unscored.reward is None
     codes = [(b.row, b.code) for b in bad]
     assert codes == [(1, "SMALL_ADVANTAGE"), (3, "ABANDONED"), (4, "NO_COMPLETED_CALL")]
 

@@ -19,6 +19,8 @@ _SAME = {
     "train_file": "data.train_files",
     "val_file": "data.val_files",
     "db_connection_string": "data.mongo.uri",
+    "drop_zero_advantage": "data.agentrl.drop_zero_advantage",
+    "minimal_advantage": "data.agentrl.minimal_advantage",
     "output_dir": "trainer.default_local_dir",
     "max_tokens": "data.max_length",
     "max_seq_length": "data.max_length",

@@ -218,7 +218,7 @@ class TrainerConfig:
     resume_from_path: str | None = None
     max_ckpt_to_keep: int | None = None
     async_save: bool = False  # write checkpoints while the next steps run; needs memory for a copy
-    nan_policy: str = "stop"  # stop | skip: a step with NaN or infinity makes no update, on any rank
+    nan_policy: str = "stop"  # stop | skip: a NaN or infinite step makes no update, on any rank
     max_skipped_steps: int = 10  # of a whole run, with nan_policy=skip
     step_timeout_s: float = 600.0  # a step or a save that takes longer has lost a rank; 0: never
     export: bool = True  # write an HF folder at the end

@@ -18,7 +18,7 @@ from verl_sft.errors import UsageError
 from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import read_records
 from verl_sft.records.resolve import resolve_files
-from verl_sft.records.schema import SFTRecord
+from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.registry import unknown_name
 
 Pairs = tuple[tuple[str, str], ...]
@@ -93,11 +93,13 @@ def read_mix(
         sources: in order.
         options: for what a source leaves open.
         reject: as `read_records`.
-        counts: gets `LABEL:read` and `LABEL:taken` of each source.
+        counts: gets `LABEL:read` and `LABEL:taken` of each source, and `LABEL:{NOTE}:TEXT`.
     """
     for source in sources:
         label = source.name or source.files[0].name
         for record in _taken(source, options, reject, counts, label):
+            if counts is not None and (note := record.meta.get(NOTE)):
+                counts[f"{label}:{NOTE}:{note}"] += 1
             changes: dict[str, Any] = {}
             if source.name:
                 changes["data_source"] = source.name
@@ -113,13 +115,18 @@ def read_mix(
 
 
 def mix_lines(counts: Mapping[str, int]) -> list[str]:
-    """The realised mix, one line per source; nothing for a single one taken whole."""
+    """The realised mix, one line per source and note; nothing for a single one taken whole."""
     labels = [key.removesuffix(":read") for key in counts if key.endswith(":read")]
     taken = {label: counts.get(f"{label}:taken", 0) for label in labels}
+    notes = [
+        f"note: {key.replace(f':{NOTE}:', f': {count} records: ')}"
+        for key, count in counts.items()
+        if f":{NOTE}:" in key
+    ]
     if len(labels) < 2 and all(taken[label] == counts[f"{label}:read"] for label in labels):
-        return []
+        return notes
     total = max(sum(taken.values()), 1)
-    return [
+    return notes + [
         f"mix: {label}: {taken[label]} of {counts[f'{label}:read']} records, "
         f"{taken[label] / total:.1%} of all"
         for label in labels

@@ -69,7 +69,7 @@ def export(
     Raises:
         UsageError, InputError, StorageError: as `mongo_sources`.
     """
-    shown = f"{config.uri}, {config.database or 'its database'}, {config.collection}"
+    shown = ", ".join(filter(None, (config.uri, config.database, config.collection)))
     wanted = [config.uri, config.database, config.collection, repr(query), config.limit]
     name = f"mongo-{content_hash(wanted)}"
     make_output_dir(folder)

@@ -14,6 +14,7 @@ from typing import Any
 from verl_sft.types import JSON, Message
 
 SCHEMA_VERSION = "1"
+NOTE = "verl_sft_note"  # in `meta`: what reading decided where the row leaves it open; counted
 
 # Column name -> Arrow type as text, in file order; `records/io.py` builds the schema from it.
 COLUMNS: dict[str, str] = {

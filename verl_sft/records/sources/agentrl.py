@@ -16,14 +16,13 @@ from verl_sft.records.build import opening_hash
 from verl_sft.records.messages import parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import float32
-from verl_sft.records.schema import SFTRecord
+from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
 from verl_sft.records.values import BadRowError, json_of, plain, sequence
 from verl_sft.types import JSON, Message
 
 NO_ADVANTAGES = "no advantages: every answer is learned"
-NOTE = "note"  # in `meta`: what reading decided where the row leaves it open
 _NAME = "agentrl"  # in `meta`: the fields of the row, where the columns do not say them
 _MAPS = ("scores", "advantages", "created_at_step", "logprobs")
 _REST = ("reward", "step", "record_id", "split", "fetched", "_id")

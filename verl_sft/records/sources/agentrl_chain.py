@@ -15,8 +15,8 @@ from typing import Any
 
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import load_json
-from verl_sft.records.schema import SFTRecord
-from verl_sft.records.sources.agentrl import AGENTRL, NOTE
+from verl_sft.records.schema import NOTE, SFTRecord
+from verl_sft.records.sources.agentrl import AGENTRL
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import object_of
 from verl_sft.records.values import BadRowError, sequence
