@@ -279,3 +279,11 @@ def test_gathered_parameters_are_kept(
     reports = run_ranks(config, size=2, train=store, hook=count)
     assert [r["code"] for r in reports] == [0, 0], errors(reports)
     assert json.loads((tmp_path / "run" / "gathers.json").read_text()) == gatherings
+
+
+def test_export_of_slices_and_replicas(model: Path, tmp_path: Path) -> None:
+    """What is exported was compared with the live logits, whatever the layout of the ranks."""
+    changes = {SP: 2, "engine__fsdp_size": 2, "trainer__export": True, **LORA}
+    run_once(model, tmp_path / "run", size=4, trainer__total_training_steps=2, **changes)
+    manifest = json.loads((tmp_path / "run" / "huggingface" / "manifest.json").read_text())
+    assert manifest["max_logit_difference_live"] < 1e-4 and manifest["lora_merged"]
