@@ -88,7 +88,7 @@ def ours(job: dict[str, Any], pace: Pace) -> None:
         "data.train_files=unused",
         f"data.train_batch_size={job['batch']}",
         f"data.max_length={job['longest']}",
-        f"data.max_token_len_per_gpu={2 * job['longest']}",
+        f"data.max_token_len_per_gpu={job['longest']}",
         f"optim.lr={LR}",
         "optim.lr_scheduler=constant",
         "optim.lr_warmup_steps=0",
@@ -119,7 +119,7 @@ def ours(job: dict[str, Any], pace: Pace) -> None:
             pace.stop(tokens=outcome.tokens, loss=outcome.loss)
             return outcome
 
-        trainer.train_step, trainer.save = paced, lambda: None
+        trainer.train_step, trainer.save = paced, lambda **_: None
         return trainer, model
 
     def load(config: Any, **kwargs: Any) -> Any:

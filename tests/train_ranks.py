@@ -175,7 +175,7 @@ def _child(
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
-        world = setup_world("cpu", store=dist.FileStore(str(store), size))
+        world = setup_world(config.trainer.device, store=dist.FileStore(str(store), size))
 
         def load(config: TrainConfig, **kwargs: Any) -> inputs.Inputs:
             plan = inputs.make_plan(config, train=train, val=val, world=kwargs["world"])
