@@ -334,7 +334,6 @@ def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_liger_needs_a_gpu(model: Path) -> None:
     """Its Triton kernels are refused on the CPU with the reason."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
     with pytest.raises(UsageError, match="GPU"):
         use_liger(built(model).causal, device=CPU)
 

@@ -55,19 +55,19 @@ def use_liger(causal: Any, *, device: torch.device) -> None:
     """Put liger-kernel's norm, MLP and rotary kernels into this model; the loss stays ours.
 
     Raises:
-        MissingExtraError: liger-kernel is not installed.
         UsageError: no GPU, or a model that it does not know.
+        MissingExtraError: liger-kernel is not installed.
     """
-    try:
-        from liger_kernel.transformers import monkey_patch
-    except ImportError as error:
-        raise MissingExtraError("liger_kernel", "liger", why="model.use_liger needs it") from error
     if device.type != "cuda":
         raise UsageError(
             "model.use_liger needs a GPU",
             why="Its kernels are written in Triton",
             fix="Leave model.use_liger at its default",
         )
+    try:
+        from liger_kernel.transformers import monkey_patch
+    except ImportError as error:
+        raise MissingExtraError("liger_kernel", "liger", why="model.use_liger needs it") from error
     kind = causal.config.model_type
     if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise UsageError(

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
 
+_WEIGHTS = "adapter_model.safetensors"
+
 
 def wants_lora(config: ModelConfig) -> bool:
     """Whether adapters are trained instead of the whole model."""
@@ -75,6 +77,12 @@ def _load_adapter(model: Any, *, config: ModelConfig) -> Any:
             where=where,
             fix="Give the folder that PEFT saved an adapter to, such as huggingface/adapter",
         )
+    if not (path / _WEIGHTS).is_file():
+        raise UsageError(
+            f"no {_WEIGHTS} there",
+            where=where,
+            fix="Save the adapter in this format; pickled weights are not read",
+        )
     fix = "Use the base model that the adapter was trained on"
     base = _base_of(path / "adapter_config.json")
     ours = str(config.partial_pretrain or "").rstrip("/")
@@ -113,14 +121,7 @@ def _unused(path: Path, peft: Any) -> list[str]:
     """Tensors of the adapter's file that PEFT, which only warns, left aside."""
     from peft import get_peft_model_state_dict
 
-    file = path / "adapter_model.safetensors"
-    if not file.is_file():
-        raise UsageError(
-            "no adapter_model.safetensors there",
-            where=f"model.lora_adapter_path={path}",
-            fix="Save the adapter in this format; pickled weights are not read",
-        )
-    with safe_open(file, framework="pt") as opened:
+    with safe_open(path / _WEIGHTS, framework="pt") as opened:
         there = set(opened.keys())
     return sorted(there - set(get_peft_model_state_dict(peft)))
 

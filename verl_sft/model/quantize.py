@@ -36,17 +36,22 @@ def quantization_config(config: ModelConfig) -> Any | None:
     from transformers import BitsAndBytesConfig
 
     if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # No outliers kept apart: which columns are would depend on all rows of a micro-batch.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
     )
 
 
 def follow_inputs(causal: nn.Module) -> None:
-    """Let 4-bit layers compute in the dtype of their inputs, which the engine decides."""
+    """Let 4-bit layers compute in the dtype of their inputs, and keep one layout on the CPU.
+
+    In evaluation they would repack their weights there for a product that has no backward pass.
+    """
     for module in causal.modules():
         if hasattr(module, "compute_type_is_set"):
             module.compute_type_is_set = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def quantised_parameters(model: nn.Module) -> set[nn.Parameter]:

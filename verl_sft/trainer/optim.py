@@ -13,7 +13,7 @@ from verl_sft.config.train import OptimConfig
 from verl_sft.distributed.reduce import sum_over_ranks
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import local
-from verl_sft.trainer.optimizers import build_optimizer
+from verl_sft.trainer.optimizers import build_optimizer, set_rate
 
 _WSD_DECAY = 0.1  # share of the run in which warmup-stable-decay comes down
 
@@ -51,6 +51,12 @@ def make_optimizer(
     if output is not None:
         heads.extend(output.parameters())
     return build_optimizer(groups, config=config, shard_size=shard_size, heads=heads)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group its share of `lr`."""
+    for group in optimizer.param_groups:
+        set_rate(group, lr * group["lr_scale"])
 
 
 def warmup_steps(config: OptimConfig, *, total_steps: int) -> int:

@@ -171,7 +171,7 @@ class JoinedOptimizer(torch.optim.Optimizer):
         for parameter, twin in self.twins.items():
             twin.grad = None if parameter.grad is None else local(parameter.grad)
         for inner, group in zip(self._inner, self.param_groups, strict=True):
-            inner["lr"] = group["lr"]
+            inner["lr"] = group["lr"]  # the only one that changes
         for part in self.parts:
             part.step()
         for twin in self.twins.values():
@@ -237,6 +237,14 @@ def _called(make: Make, groups: Groups, *, name: str) -> torch.optim.Optimizer:
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2
+
+
+def set_rate(group: dict[str, Any], rate: float) -> None:
+    """Set a group's learning rate; some libraries keep it as a tensor and accept no other."""
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def tensors_in(value: Any) -> dict[str, Tensor]:

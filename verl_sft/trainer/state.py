@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import local, rows_of
 from verl_sft.errors import StorageError
-from verl_sft.trainer.optimizers import tensors_in
+from verl_sft.trainer.optimizers import set_rate, tensors_in
 
 _RNG_CPU, _RNG_CUDA, _STEP = "rng.cpu", "rng.cuda", "optim.step"
 NUMBER = "optim.number."  # of each parameter in turn, float64, NaN where it has none
@@ -45,15 +45,15 @@ class TrainState:
 
 def make_optimizer_state(state: TrainState) -> None:
     """Let the optimizer create all its states, by a step of size 0; they are then overwritten."""
-    rates = [group["lr"] for group in state.optimizer.param_groups]
+    rates = [float(group["lr"]) for group in state.optimizer.param_groups]
     for parameter in state.parameters().values():
         parameter.grad = torch.zeros_like(parameter)
     for group in state.optimizer.param_groups:
-        group["lr"] = 0.0
+        set_rate(group, 0.0)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+        set_rate(group, rate)
 
 
 def optimizer_state(state: TrainState) -> dict[str, dict[str, Any]]:
@@ -86,7 +86,14 @@ def shard_tensors(state: TrainState, *, world: World, copy: bool = False) -> dic
                     tensors.update({f"optim.{key}{part}.{name}": t for part, t in parts})
         tensors.update(_numbers(moments))
         tensors[_STEP] = torch.tensor([float(len(moments))])
-    return {name: _on_host(local(value), copy=copy) for name, value in tensors.items()}
+    found: dict[str, Tensor] = {}
+    owners: set[int] = set()  # some libraries give all parameters one table, which is written often
+    for name, value in tensors.items():
+        tensor = _on_host(local(value), copy=copy)
+        seen = tensor.numel() > 0 and tensor.data_ptr() in owners
+        found[name] = tensor.clone() if seen else tensor
+        owners.add(tensor.data_ptr())
+    return found
 
 
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
