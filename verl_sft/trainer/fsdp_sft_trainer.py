@@ -88,11 +88,8 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
             checkpoint.clean_leftovers(directory)
             write_status(directory, state="running", code=None)
     owned.append(directory)
-    world = arrange(
-        world,
-        sp_size=config.ulysses_sequence_parallel_size,
-        fsdp_size=config.engine.fsdp_size,
-    )
+    sp_size = config.ulysses_sequence_parallel_size
+    world = arrange(world, sp_size=sp_size, fsdp_size=config.engine.fsdp_size)
     with together(world):
         tokenizer = load_tokenizer(config.model)
     inputs = load_inputs(config, tokenizer=tokenizer, directory=directory, world=world, say=say)
