@@ -202,6 +202,12 @@ def test_values_as_json() -> None:
         assert json.loads(json.dumps(plain_value(value), allow_nan=False)) == wanted
 
 
+def test_schemas_with_references_survive_the_wire() -> None:
+    """`$ref` of a tool's JSON schema is no link, though pymongo decodes it as one."""
+    schema = {"a": {"$ref": "#/$defs/x"}, "b": {"$ref": "#/y", "description": "d"}, "$id": "s"}
+    assert plain_value(bson.decode(bson.encode({"tools": [schema]}))) == {"tools": [schema]}
+
+
 INJECTIONS: list[tuple[Any, str]] = [
     ({"$where": "sleep(1e9)"}, "$where"),
     ('{"$where": "this.a"}', "$where"),

@@ -36,7 +36,7 @@ from verl_sft.types import JSON
 _POLL_SECONDS = 0.1
 _LINKS = ("task", "traj")  # fields whose links are replaced by what they point to
 # BSON types in the order in which `_id`s sort; $gt compares within one of them only.
-_ORDER = ("number", "string", "object", "binData", "objectId", "bool", "date")
+_ORDER = ("null", "number", "string", "object", "binData", "objectId", "bool", "date")
 
 
 def mongo_sources(
@@ -195,10 +195,17 @@ def _behind(last: Any) -> JSON:
 
 
 def _kind(value: Any) -> str:
-    from bson import ObjectId
+    from bson import Decimal128, ObjectId
 
-    kinds = ((bool, "bool"), (int | float, "number"), (str, "string"), (dict, "object"),
-             (bytes, "binData"), (ObjectId, "objectId"))  # fmt: skip
+    kinds = (
+        (type(None), "null"),
+        (bool, "bool"),
+        (int | float | Decimal128, "number"),
+        (str, "string"),
+        (dict, "object"),
+        (bytes, "binData"),
+        (ObjectId, "objectId"),
+    )
     return next((name for kind, name in kinds if isinstance(value, kind)), "date")
 
 

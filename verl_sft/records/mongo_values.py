@@ -35,8 +35,8 @@ def plain_value(value: Any) -> Any:
 def _special(value: Any) -> Any:
     if hasattr(value, "to_decimal"):
         return _decimal(value.to_decimal())
-    if hasattr(value, "as_doc"):  # a link, or an object with a key `$ref`
-        return plain_value(dict(value.as_doc()))
+    if hasattr(value, "as_doc"):  # a link, or a JSON schema's `$ref`, which pymongo takes for one
+        return {k: plain_value(v) for k, v in value.as_doc().items() if (k, v) != ("$id", None)}
     if hasattr(value, "as_datetime"):
         return plain_value(value.as_datetime())
     return str(value)
