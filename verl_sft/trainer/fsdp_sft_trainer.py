@@ -71,7 +71,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     directory = Path(config.trainer.default_local_dir).expanduser()
 
     def say(text: str) -> None:
-        if world.is_main:
+        if world.is_main and text:
             print(text, flush=True)
 
     with together(world):
@@ -96,8 +96,6 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     marks = fingerprint(config, inputs=inputs)
     with together(world):
         found = find_start(config, directory=directory, marks=marks, store=inputs.train, say=say)
-        if world.is_main:
-            remember_data(directory, store=inputs.train)
     out = directory / EXPORT_DIR
     start = TrainProgress(**found[1]["progress"]) if found else TrainProgress()
     early = stops_early(start, config=config.trainer)
@@ -121,6 +119,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     if world.is_main:
         safe_io.write_json(directory / "train_config.json", asdict(config))
         safe_io.write_json(directory / PROVENANCE, facts())
+        remember_data(directory, store=inputs.train)
         trainer.tracker = _open_tracker(config, directory=directory, start=start, plan=inputs.plan)
     trainer.watchdog = _watchdog(config, world=world, directory=directory)
     trainer.stop_on_signals()
@@ -130,9 +129,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
         say(f"stopped early: {progress.bad_validations} validations without a better one")
     if trainer.tracker:
         trainer.tracker.close()
-        note = plot_loss(directory)
-        if note:
-            say(note)
+        say(plot_loss(directory))
     if config.trainer.export:
         if config.trainer.export_best:
             _load_best(trainer, directory=directory, world=world, say=say)
