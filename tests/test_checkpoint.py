@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,22 +84,6 @@ def test_another_number_of_ranks(model: Path, tmp_path: Path, before: int, after
     assert found.shape == expected.shape
     assert np.abs(found[2, 1] - expected[2, 1]) < 1e-6
     assert np.abs(found[:, 1] - expected[:, 1]).max() < 1e-5
-
-
-def test_kills_lose_nothing(model: Path, tmp_path: Path) -> None:
-    """SIGKILL of all ranks at several moments, then one last start: the uninterrupted bits."""
-    settings = {"trainer__save_freq": 1, "trainer__total_epochs": 6, **LORA}
-    whole = toy_config(model, tmp_path / "whole", **settings)
-    started = time.monotonic()
-    finish(whole, size=2)
-    duration = time.monotonic() - started
-    config = toy_config(model, tmp_path / "killed", **settings)
-    for share in (0.5, 0.6, 0.75, 0.55, 0.8):
-        run_ranks(config, size=2, kill_after=duration * share)
-    finish(config, size=2)
-    assert losses(config) == losses(whole)
-    assert equal(weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole"))
-    assert not list((tmp_path / "killed").glob(".tmp-*"))
 
 
 def test_finished_run_is_a_no_op(model: Path, tmp_path: Path) -> None:
