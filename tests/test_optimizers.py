@@ -179,3 +179,11 @@ def test_loraplus_speeds_up_b_alone() -> None:
     assert fast == {id(p) for p in net["lora_B"].parameters()}
     plain = make_optimizer(net, config=OptimConfig())
     assert {g["lr_scale"] for g in plain.param_groups} == {1.0}
+
+
+def test_schedules_have_other_names_too() -> None:
+    """`constant_with_warmup` and `warmup_stable_decay` are ours under other names."""
+    assert OptimConfig(lr_scheduler="constant_with_warmup").lr_scheduler == "constant"
+    assert OptimConfig(lr_scheduler="warmup_stable_decay").lr_scheduler == "wsd"
+    with pytest.raises(UsageError, match="cosine"):
+        OptimConfig(lr_scheduler="cosin")

@@ -156,6 +156,10 @@ class EngineConfig:
         one_of("engine.fp32_matmul", self.fp32_matmul, ("auto", "highest", "high", "medium"))
 
 
+# Other tools' names; ours all warm up.
+_SCHEDULES = {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
+
+
 @dataclass
 class OptimConfig:
     """Optimizer and schedule."""
@@ -185,6 +189,7 @@ class OptimConfig:
             at_least("optim.loraplus_lr_ratio", self.loraplus_lr_ratio, 0)
         fraction("optim.min_lr_ratio", self.min_lr_ratio)
         at_least("optim.lr_warmup_steps", self.lr_warmup_steps, -1)
+        self.lr_scheduler = _SCHEDULES.get(self.lr_scheduler, self.lr_scheduler)
         one_of("optim.lr_scheduler", self.lr_scheduler, ("cosine", "linear", "constant", "wsd"))
         fraction("optim.lr_warmup_steps_ratio", self.lr_warmup_steps_ratio)
 
