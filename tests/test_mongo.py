@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -22,9 +23,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.chat_records import records
+from tests.chat_templates import template_for
+from verl_sft.audit.inspect import inspect
 from verl_sft.cli import main
+from verl_sft.config.inspect import InspectConfig
 from verl_sft.config.secrets import hidden, hide, reveal
 from verl_sft.config.sources import MongoConfig
+from verl_sft.config.train import DataConfig, MultiturnConfig
+from verl_sft.data.tokenizer import chatml
 from verl_sft.errors import InputError, UsageError
 from verl_sft.records import mongo
 from verl_sft.records.convert import named
@@ -38,6 +44,7 @@ from verl_sft.records.schema import SFTRecord
 from verl_sft.types import Message
 
 SERVER = os.environ.get("VERL_SFT_TEST_MONGODB_URI", "")
+DATABASES: dict[str, Any] = {}
 MOCK = "mongodb://ann:s3cret@mock.example:27017/own"
 
 
@@ -49,17 +56,19 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         client: Any = mongomock.MongoClient(MOCK)
         monkeypatch.setattr(client, "close", lambda: None)
         monkeypatch.setattr(pymongo, "MongoClient", lambda *args, **options: client)
+        monkeypatch.setitem(DATABASES, name, client[name])
         yield MongoConfig(uri=MOCK, database=name, batch_size=3)
         return
     if not SERVER:
         pytest.skip("VERL_SFT_TEST_MONGODB_URI names no server")
-    yield MongoConfig(uri=SERVER, database=name, batch_size=3)
     with pymongo.MongoClient(SERVER) as client:
+        monkeypatch.setitem(DATABASES, name, client[name])
+        yield MongoConfig(uri=SERVER, database=name, batch_size=3)
         client.drop_database(name)
 
 
 def collection(config: MongoConfig, name: str = "DBRecordData") -> Any:
-    return pymongo.MongoClient(reveal(str(config.uri)))[str(config.database)][name]
+    return DATABASES[str(config.database)][name]
 
 
 def document(number: int, **changes: Any) -> dict[str, Any]:
@@ -145,6 +154,30 @@ def test_a_killed_export_goes_on(
         again = export(config, query={}, folder=folder, say=lambda line: None)
         assert again.read_bytes() == whole.read_bytes() and again.name == whole.name
         assert not list(folder.glob(".*.part*")) and pages[0] == 6 - page, "it began anew"
+
+
+def test_one_of_many_processes_exports(config: MongoConfig, tmp_path: Path) -> None:
+    """Ranks that start together share one file, made by one of them."""
+    collection(config).insert_many([document(n) for n in range(20)])
+    said: list[str] = []
+    with ThreadPoolExecutor(4) as pool:  # the lock is one of open files, not of processes
+        calls = [
+            pool.submit(export, config, query={}, folder=tmp_path, say=said.append)
+            for _ in range(4)
+        ]
+        paths = {call.result() for call in calls}
+    assert len(paths) == 1 and sum("documents exported" in line for line in said) == 1
+
+
+def test_training_data_comes_from_a_collection(config: MongoConfig, tmp_path: Path) -> None:
+    """A run reads documents like any file; its directory holds no password."""
+    collection(config).insert_many([document(n) for n in range(6)])
+    data = DataConfig(mongo=config, multiturn=MultiturnConfig(enable=True))
+    words = InspectConfig(data=data, out=str(tmp_path / "out"))
+    store, _ = inspect(words, tokenizer=template_for(chatml(), name="chatml").spec)
+    assert len(store) == 6 and store.source(0).startswith("mongo-")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files and not any(b"s3cret" in path.read_bytes() for path in files)
 
 
 def test_limit_and_pages(config: MongoConfig, tmp_path: Path) -> None:

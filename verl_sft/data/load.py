@@ -264,6 +264,6 @@ def _code_version() -> str:
     package = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for folder in ("data", "records"):
-        for source in sorted((package / folder).glob("*.py")):
+        for source in sorted((package / folder).rglob("*.py")):
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
