@@ -126,6 +126,9 @@ CLASS: dict[str, dict[str, Any]] = {
     "masked attention": {"model__attn_implementation": "sdpa"},
     "logits of one row": {"hook": chunk_of(1)},
     "logits of five rows": {"hook": chunk_of(5)},
+    "prefixes computed once": {"data__prefix_sharing": "true"},
+    "prefixes computed each time": {"data__prefix_sharing": "false"},
+    "samples cut over 2 ranks": {"size": 2, "ulysses_sequence_parallel_size": 2},
     "kept gathered": {"engine__reshard_after_forward": False},
     "2 ranks": {"size": 2},
     "2 ranks, padded, recomputed": {
