@@ -34,6 +34,7 @@ SOURCES: dict[str, str] = {
     "envscaler": "verl_sft.records.sources.envscaler:ENVSCALER",
     "pettingllms": "verl_sft.records.sources.pettingllms:PETTINGLLMS",
     "raw": "verl_sft.records.sources.raw:RAW",
+    "verl_agent": "verl_sft.records.sources.verl_agent:VERL_AGENT",
     "agentrl_chain": "verl_sft.records.sources.agentrl_chain:AGENTRL_CHAIN",
     "agentrl": "verl_sft.records.sources.agentrl:AGENTRL",
     "userrl": "verl_sft.records.sources.userrl:USERRL",
