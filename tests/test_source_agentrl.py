@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,14 @@ def test_damage_is_named(change: dict[str, Any], field: str, code: str) -> None:
     with pytest.raises(BadRowError) as bad:
         read(ROW | change)
     assert (bad.value.field, bad.value.code) == (field, code)
+
+
+def test_log_probabilities_are_written_once() -> None:
+    """What has a field of its own does not also stand among the kept columns."""
+    record = read(ROW)
+    row = write(replace(record, meta={**record.meta, "more": 1}))
+    assert read(row).meta["more"] == 1 and read(row).meta["agentrl"] == record.meta["agentrl"]
+    assert json.dumps(row).count('logprob"') == 1 and '"more"' in row["verl_sft"]["meta_json"]
 
 
 def test_nothing_to_learn_is_not_written() -> None:

@@ -144,6 +144,7 @@ def test_records_as_files(tmp_path: Path) -> None:
     first, unscored = read_records(path, reject=bad.append)
     assert first.supervise is not None and first.supervise == (2, 4)
     assert (first.task_id, first.group_id, first.episode_id) == ("task-7", "task-7", "65f0")
+    assert first.meta["status"] == "scored"
     assert first.reward == 1.0 and first.meta["calls"] == {"completed": 2}
     assert unscored.meta[NOTE].startswith("neither") and unscored.reward is None
     codes = [(b.row, b.code) for b in bad]

@@ -74,6 +74,11 @@ def _write(record: SFTRecord) -> Iterable[JSON]:
     tools = None if record.tools is None else list(record.tools)
     row: JSON = {"messages": messages, "tools": tools, **own}
     (again,) = _read(row, ReadOptions(multiturn=True))
+    meta = again.meta
+    if _NAME in meta and meta[_NAME] == record.meta.get(_NAME):  # the row itself says it
+        rest = {k: v for k, v in record.meta.items() if k != _NAME}
+        record = replace(record, meta=rest)
+        again = replace(again, meta={k: v for k, v in meta.items() if k != _NAME})
     return (row | added(record, read_back=again),)
 
 

@@ -175,11 +175,16 @@ def _row(record: Mapping[str, Any], call: _Call, learned: Mapping[int, JSON]) ->
         "reward": 0.0 if score is None else score,
         "step": max(steps, default=-1),
         "record_id": str(record.get("_id") or record.get("id") or record.get("traj_id") or ""),
-        "split": record.get("split"),
     }
+    if record.get("split") is not None:
+        row["split"] = record["split"]
     names = {"scores": "score", "advantages": "advantage", "created_at_step": "created_at_step"}
     for field, name in {**names, "logprobs": "logprobs"}.items():
-        row[field] = {str(index): figures[name] for index, figures in learned.items()}
+        row[field] = {
+            str(index): figures[name]
+            for index, figures in learned.items()
+            if figures[name] is not None or name == "logprobs"
+        }
     if any(figures["unscored"] for figures in learned.values()):
         row[NOTE] = UNSCORED
     return row
@@ -214,7 +219,7 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord | BadRowError]:
         drop_zero_advantage=options.drop_zero_advantage is not False,
         minimal_advantage=options.minimal_advantage,
     )
-    states = Counter(str(c.get("status")) for c in calls if isinstance(c, dict))
+    states = Counter(str(c.get("status", _COMPLETED)) for c in calls if isinstance(c, dict))
     name = str(task.get("tid") or task.get("task_id") or task.get("_id") or "")
     for found in rows:
         if isinstance(found, BadRowError):
@@ -228,6 +233,8 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord | BadRowError]:
             continue
         assert isinstance(record, SFTRecord)
         meta = {**record.meta, "calls": dict(states)}
+        if isinstance(row.get("status"), str):
+            meta["status"] = row["status"]
         if note is not None:
             meta[NOTE] = note
         score = row.get("score")
