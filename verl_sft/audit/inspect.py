@@ -9,6 +9,7 @@ from pathlib import Path
 from verl_sft.audit.gather import Outcomes, audit_json, choose, find_sources, page_samples
 from verl_sft.audit.page import page
 from verl_sft.audit.spell import Speller
+from verl_sft.config.checks import template_text
 from verl_sft.config.inspect import InspectConfig
 from verl_sft.data.load import load_samples, read_options
 from verl_sft.data.store import SampleStore
@@ -39,8 +40,12 @@ def inspect(
     if tokenizer is None:
         if not config.model.partial_pretrain:
             raise UsageError("no model given", fix="Set model.partial_pretrain=HF_DIR")
-        trusts = config.model.trust_remote_code
-        tokenizer = load_tokenizer(config.model.partial_pretrain, trust_remote_code=trusts)
+        given = config.model.custom_chat_template
+        tokenizer = load_tokenizer(
+            config.model.tokenizer_path or config.model.partial_pretrain,
+            trust_remote_code=config.model.trust_remote_code,
+            chat_template=template_text(given) if given else None,
+        )
     out = make_output_dir(Path(config.out).expanduser())
     cache = Path(config.data.cache_dir) if config.data.cache_dir else out / "token_cache"
     sources = [

@@ -34,7 +34,21 @@ def fraction(key: str, value: float) -> None:
     between(key, value, 0, 1)
 
 
-def model_folder(key: str, value: str) -> str:
+def template_text(given: str) -> str:
+    """A chat template given as jinja text, or as the name of a file that holds it.
+
+    Raises:
+        UsageError: it looks like a file name, and there is no such file.
+    """
+    if "{" in given:
+        return given
+    path = Path(given).expanduser()
+    if not path.is_file():
+        raise UsageError("no such chat template", where=f"model.custom_chat_template={given}")
+    return path.read_text("utf-8")
+
+
+def model_folder(key: str, value: str, *, with_tokenizer: bool = True) -> str:
     """`value` as a folder that holds a model, or unchanged if it can only be a hub name.
 
     Raises:
@@ -46,7 +60,7 @@ def model_folder(key: str, value: str) -> str:
         if folder.exists() or value.startswith((".", "/", "~")) or value.count("/") > 1:
             raise UsageError("no such folder", where=f"{key}={value}", fix=fix)
         return value
-    for patterns in _MODEL_PARTS:
+    for patterns in _MODEL_PARTS if with_tokenizer else _MODEL_PARTS[:-1]:
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             raise UsageError(f"no {patterns[0]} there", where=f"{key}={value}", fix=fix)
     return str(folder)

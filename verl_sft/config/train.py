@@ -102,10 +102,14 @@ class ModelConfig:
     """Which model, which of its parameters learn, with which kernels."""
 
     partial_pretrain: str | None = None  # HF folder or hub name
+    tokenizer_path: str | None = None  # default: that of the model
+    custom_chat_template: str | None = None  # jinja text, or a file that holds it
     lora_rank: int = 0  # 0: full fine-tuning
     lora_alpha: int = 16
     lora_dropout: float = 0.0
     target_modules: Any = "all-linear"
+    exclude_modules: Any = None  # names or a pattern that get no adapter
+    target_parameters: list[str] | None = None  # parameters that are no layer: merged experts
     lora_adapter_path: str | None = None
     lora_init: str = "default"  # default | pissa | olora
     use_rslora: bool = False  # scale by alpha / sqrt(rank)

@@ -11,8 +11,10 @@ from verl_sft.errors import UsageError
 CHATML_NAME = "built-in ChatML"
 
 
-def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> TokenizerSpec:
-    """Read the tokenizer of a model folder or hub name.
+def load_tokenizer(
+    path: str | Path, *, trust_remote_code: bool = False, chat_template: str | None = None
+) -> TokenizerSpec:
+    """Read the tokenizer of a model folder or hub name; `chat_template` (jinja) replaces its own.
 
     Raises:
         UsageError: there is none, it is a slow one, or it has no end-of-sequence token.
@@ -27,6 +29,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
             where=str(path),
             fix="Point model.partial_pretrain at a folder with a tokenizer.json",
         ) from error
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     return tokenizer_spec(tokenizer, name=str(path))
 
 

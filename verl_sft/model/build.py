@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from verl_sft.config.checks import model_folder
+from verl_sft.config.checks import model_folder, template_text
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
 from verl_sft.model.activations import recompute_activations
@@ -55,18 +55,27 @@ def model_path(config: ModelConfig) -> str:
             where="model.partial_pretrain",
             fix="Give an HF folder or hub name, or make a small one with verl-sft make-model",
         )
-    return model_folder("model.partial_pretrain", path)
+    own = config.tokenizer_path is None
+    return model_folder("model.partial_pretrain", path, with_tokenizer=own)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of the model, with its chat template."""
+    """The tokenizer of the model or of `model.tokenizer_path`, with its chat template or ours.
+
+    Raises:
+        UsageError: it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    path = model_path(config)
+    path = config.tokenizer_path or model_path(config)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        trusts = config.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(path, error) from error
+    if config.custom_chat_template:
+        tokenizer.chat_template = template_text(config.custom_chat_template)
+    return tokenizer
 
 
 def load_causal(

@@ -35,6 +35,8 @@ def add_lora(model: Any, *, config: ModelConfig) -> Any:
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=config.exclude_modules,
+        target_parameters=config.target_parameters,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,  # type: ignore[arg-type]

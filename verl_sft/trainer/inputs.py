@@ -39,6 +39,8 @@ _ADAPTER_KEYS = (
     "lora_alpha",
     "lora_dropout",
     "target_modules",
+    "exclude_modules",
+    "target_parameters",
     "lora_adapter_path",
     "lora_init",
     "use_rslora",
