@@ -104,6 +104,7 @@ def refused(tmp_path: Path, episode: JSON, **options: Any) -> list[Reject]:
         ({"steps": []}, "steps", "TOO_FEW_STEPS"),
         ({"steps": [{}]}, "", "BAD_EPISODE"),
         ({"steps": 5}, "", "BAD_EPISODE"),
+        ({"meta": [[None, 1]]}, "meta", "BAD_VALUE"),
         ({"history_style": "odd"}, "", "BAD_EPISODE"),
         ({"stop_reason": "env_error"}, "steps", "ENV_ERROR"),
         ({"history_length": "two"}, "steps", "BAD_EPISODE"),

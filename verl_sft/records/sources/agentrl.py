@@ -20,6 +20,7 @@ from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
 from verl_sft.records.values import BadRowError, json_of, plain, sequence
+from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Message
 
 NO_ADVANTAGES = "no advantages: every answer is learned"
@@ -98,6 +99,11 @@ def _own_fields(row: JSON, entries: Sequence[Any]) -> JSON:
         if name in row:
             value = index_map(row[name], name, size=len(entries))
             own[name] = value if value is None else {str(i): value[i] for i in sorted(value)}
+    for name, kinds in (("scores", int | float), ("created_at_step", int)):
+        for key, value in (own.get(name) or {}).items():
+            if value is not None and not _is_number(value, kinds):
+                text = f"{value!r:.40} is not a finite number"
+                raise BadRowError(f"{name}.{key}", "BAD_VALUE", text)
     own |= {name: plain(row[name]) for name in _REST if name in row}
     for name, kinds in (("reward", int | float), ("step", int)):
         if own.get(name) is not None and not _is_number(own[name], kinds):
@@ -107,6 +113,10 @@ def _own_fields(row: JSON, entries: Sequence[Any]) -> JSON:
         for i, entry in enumerate(entries)
         if isinstance(entry, dict)
     }
+    try:
+        dump_json([own.get("logprobs"), more])
+    except ValueError as error:
+        raise BadRowError("logprobs", "BAD_VALUE", f"not JSON: {error}") from error
     if more := {i: fields for i, fields in more.items() if fields}:
         own[_FIELDS] = more
     return own

@@ -127,12 +127,15 @@ def _call(call: JSON, record: Mapping[str, Any], task: Any, *, where: str) -> _C
         | object_of(choice.get("message"), f"{where}.response.choices[0].message"),
     ]
     logprobs = object_of(choice.get("logprobs"), f"{where}.response.choices[0].logprobs")
+    step = call.get("created_at_step")
+    if step is not None and type(step) is not int:
+        raise BadRowError(f"{where}.created_at_step", "BAD_VALUE", f"{step!r:.40} is no step")
     score = _number(call.get("score"), f"{where}.score")
     of_record = _number(record.get("score"), "score")
     figures = {
         "score": of_record if score is None else score,
         "advantage": _number(call.get("advantage"), f"{where}.advantage"),
-        "created_at_step": call.get("created_at_step"),
+        "created_at_step": step,
         "logprobs": logprobs.get("content"),
         "unscored": False,
     }

@@ -35,7 +35,12 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         text = f"it is not an episode: {type(error).__name__}: {error}"
         raise BadRowError("", "BAD_EPISODE", text) from error
-    for name, kind in (("success", bool), ("reward", int | float), ("prompt_template", str)):
+    for name, kind in (
+        ("success", bool),
+        ("reward", int | float),
+        ("prompt_template", str),
+        ("meta", dict),
+    ):
         if not isinstance(getattr(episode, name), kind):
             text = f"{getattr(episode, name)!r:.40} is not what it holds"
             raise BadRowError(name, "BAD_VALUE", text)
