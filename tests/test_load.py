@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from tests.chat_templates import template_for
 from verl_sft.config.train import DataConfig, MultiturnConfig
@@ -143,6 +144,38 @@ def test_old_caches_are_removed_by_last_use(tmp_path: Path) -> None:
     left = {p for p in (tmp_path / "cache").iterdir() if p.is_dir()}
     assert left == {first, *others[-7:]}
     assert not [p for p in others[:2] if (tmp_path / "cache" / f".{p.name}.lock").exists()]
+
+
+def test_the_order_of_keys_is_part_of_the_data(tmp_path: Path) -> None:
+    """Tool schemas and arguments are trained in the order in which they were given."""
+    text = (
+        "{% if tools %}{{ tools | tojson }}{% endif %}{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\n' + (message.content or '') }}"
+        "{% for call in message.tool_calls or [] %}{{ call.function | tojson }}"
+        "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    template = template_for(text, name="tools")
+    call = {
+        "type": "function",
+        "function": {"name": "f", "arguments": {"z": 1, "a": {"y": 2, "b": 3}}},
+    }
+    row = SFTRecord(
+        messages=(Message("user", "q"), Message("assistant", None, tool_calls=(call,))),
+        tools=({"type": "function", "function": {"name": "f", "description": "d"}},),
+    )
+    write_parquet(tmp_path / "train.parquet", [row])
+    store = load_samples(
+        [tmp_path / "train.parquet"],
+        tokenizer=template.spec,
+        config=config(),
+        cache_dir=tmp_path / "cache",
+        num_workers=1,
+    )
+    pieces = Tokenizer.from_str(template.spec.backend_json)
+    seen = pieces.decode([*store[0].input_ids], skip_special_tokens=False)
+    assert '"name": "f", "description": "d"' in seen
+    assert '"arguments": {"z": 1, "a": {"y": 2, "b": 3}}' in seen
 
 
 def _rank(folder: Path, queue: Any) -> None:

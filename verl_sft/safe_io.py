@@ -25,14 +25,17 @@ from verl_sft.errors import InputError, RunBusyError, StorageError
 _DIGEST_CHARS = 16
 
 
-def dump_json(value: Any, *, indent: int | None = None) -> str:
-    """Canonical JSON text: sorted keys, ASCII only (lone surrogates survive), no NaN."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, allow_nan=False, indent=indent)
+def dump_json(value: Any, *, indent: int | None = None, sort: bool = False) -> str:
+    """JSON text: ASCII only (lone surrogates survive), no NaN, keys in the order that they have.
+
+    The order is part of the data: chat templates print tool schemas and arguments as they stand.
+    """
+    return json.dumps(value, sort_keys=sort, ensure_ascii=True, allow_nan=False, indent=indent)
 
 
 def content_hash(value: Any) -> str:
     """A 16-hex-digit content hash of any JSON value (detects accident, not malice)."""
-    return hashlib.sha256(dump_json(value).encode()).hexdigest()[:_DIGEST_CHARS]
+    return hashlib.sha256(dump_json(value, sort=True).encode()).hexdigest()[:_DIGEST_CHARS]
 
 
 def file_sha256(path: Path) -> str:
@@ -113,7 +116,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Publish `value` as readable JSON under `path`."""
-    write_text(path, dump_json(value, indent=1) + "\n")
+    write_text(path, dump_json(value, indent=1, sort=True) + "\n")
 
 
 def make_output_dir(path: Path) -> Path:
