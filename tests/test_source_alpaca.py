@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 
 from tests.chat_records import records
-from verl_sft.records.convert import per_turn
+from verl_sft.records.build import turn_records
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.read import find_format
 from verl_sft.records.schema import SFTRecord
@@ -65,7 +65,7 @@ def test_round_trip_of_turn_split_rows(record: SFTRecord) -> None:
         rest = [getattr(one, name) for name in names]
         return [one.messages, one.supervise or last, one.weights or (1.0,), *rest]
 
-    parts = per_turn([dataclasses.replace(record, episode_id="e", record_id="r")])
+    parts = turn_records(dataclasses.replace(record, episode_id="e", record_id="r"))
     assert [seen(read(r)) for r in written] == [seen(part) for part in parts]
 
 

@@ -89,5 +89,11 @@ def _load_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        line = error.lineno if isinstance(error, SyntaxError) else ""
+        raise UsageError(
+            f"the file cannot be run: {type(error).__name__}: {error}", where=f"{path}:{line}"
+        ) from error
     return module

@@ -26,15 +26,19 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not config.inputs or not config.out:
         raise UsageError("in= and out= are needed", fix=f"usage: {usage}")
-    from verl_sft.records.convert import ConvertReport
+    from verl_sft.records.convert import ConvertReport, NothingLeftError
     from verl_sft.records.parse import Reject
     from verl_sft.records.values import LEFT_OUT
     from verl_sft.safe_io import dump_json, make_output_dir, publishing
 
     out = Path(config.out).expanduser()
-    beside = make_output_dir(out if _is_directory(config, out) else out.parent)
+    files = _all_files(config.inputs)
+    refusals = _refusals(config, out)
+    _check_output(config, out, files, refusals)
+    make_output_dir(refusals.parent)
     report = ConvertReport()
-    with publishing(beside / "rejected.jsonl") as temporary, temporary.open("w") as stream:
+    nothing: InputError | None = None
+    with publishing(refusals) as temporary, temporary.open("w") as stream:
         refused: set[Reject] = set()  # the records may be read twice
 
         def reject(bad: Reject) -> None:
@@ -45,23 +49,32 @@ def main(words: Sequence[str]) -> int:
             row = {name: getattr(bad, name) for name in Reject.__slots__}
             stream.write(dump_json(row) + "\n")
 
-        notes = _convert(config, out, report=report, reject=reject)
-    for line in notes:
-        say(line)
-    _tell(report, beside)
+        try:
+            for line in _convert(config, files, out, report=report, reject=reject):
+                say(line)
+        except NothingLeftError as error:  # the refused rows say why
+            nothing = error
+    _tell(report, refusals)
     wrong = sum(count for code, count in report.refused.items() if code not in LEFT_OUT)
     if wrong > config.max_reject_fraction * max(report.total, 1):
         raise InputError(
             f"{wrong} of {report.total} rows were refused",
-            where=str(beside / "rejected.jsonl"),
+            where=str(refusals),
             why=f"More than max_reject_fraction={config.max_reject_fraction}",
             fix="The file says for each row what to change; the others were written",
         )
+    if nothing is not None:
+        raise nothing
     return 0
 
 
 def _convert(
-    config: ConvertConfig, out: Path, *, report: object, reject: Callable[..., None]
+    config: ConvertConfig,
+    files: list[Path],
+    out: Path,
+    *,
+    report: object,
+    reject: Callable[..., None],
 ) -> list[str]:
     from verl_sft.records import convert
     from verl_sft.records.parse import ReadOptions
@@ -70,17 +83,16 @@ def _convert(
     from verl_sft.records.select import balanced, select
 
     assert isinstance(report, convert.ConvertReport)
-    files = _all_files(config.inputs)
     formats = {**asdict(config.agentrl), **asdict(config.raw)}
     options = ReadOptions(multiturn=True, format=config.source, **formats)
     target = find_format(config.target)
 
     def chosen() -> Iterator[SFTRecord]:
         report.duplicates, report.dropped = 0, Counter()  # the records may be read twice
-        found = convert.named(read_records(files, options=options, reject=reject))
+        found = convert.named(read_records(files, options=options, reject=reject), reject=reject)
         found = select(found, config=config.select, dropped=report.dropped)
         if config.view == "per_turn":
-            found = convert.per_turn(found)
+            found = convert.per_turn(found, dropped=report.dropped)
         return convert.unique(found, report) if config.dedup else found
 
     def records() -> Iterator[SFTRecord]:
@@ -91,7 +103,12 @@ def _convert(
 
     if _is_directory(config, out):
         return convert.write_split(
-            out, records, val_fraction=config.val_fraction, seed=config.seed, report=report
+            out,
+            records,
+            val_fraction=config.val_fraction,
+            seed=config.seed,
+            report=report,
+            reject=reject,
         )
     convert.write_file(out, records(), target=target, report=report, reject=reject)
     return []
@@ -99,20 +116,40 @@ def _convert(
 
 def _all_files(spec: Any) -> list[Path]:
     """The files that `in=` names; of an sft_data directory train and val."""
-    from verl_sft.records.resolve import resolve_files
+    from verl_sft.records.resolve import held_out_files, resolve_files
 
-    files = resolve_files(spec, split="train")
-    place = Path(str(spec)).expanduser()
-    if place.is_dir():
-        files += sorted(place.glob("val.parquet")) or sorted(place.glob("val-*.parquet"))
-    return files
+    return resolve_files(spec, split="train") + held_out_files(spec)
 
 
 def _is_directory(config: ConvertConfig, out: Path) -> bool:
-    return config.target == "own" and (out.is_dir() or not out.suffix)
+    """Whether `out` gets train and val; `data_v1.5` is a directory, `rows.jsonl` is none."""
+    return config.target == "own" and (out.is_dir() or not out.suffix.strip(".0123456789"))
 
 
-def _tell(report: object, beside: Path) -> None:
+def _refusals(config: ConvertConfig, out: Path) -> Path:
+    if _is_directory(config, out):
+        return out / "rejected.jsonl"
+    return out.with_name(f"{out.name}.rejected.jsonl")
+
+
+def _check_output(config: ConvertConfig, out: Path, files: list[Path], refusals: Path) -> None:
+    """Raise where an input would be overwritten: what is refused or dropped would be lost."""
+    written = [out, refusals]
+    if _is_directory(config, out):
+        names = ("train.parquet", "train.csv", "val.parquet", "val.csv")
+        written = [refusals, *(out / name for name in names)]
+    inputs = {file.resolve() for file in files}
+    for path in written:
+        if path.resolve() in inputs:
+            raise UsageError(
+                "the output would replace an input",
+                where=str(path),
+                why="What is refused or filtered out would be lost",
+                fix="Give another out=",
+            )
+
+
+def _tell(report: object, refusals: Path) -> None:
     from verl_sft.records.convert import ConvertReport
 
     assert isinstance(report, ConvertReport)
@@ -122,7 +159,7 @@ def _tell(report: object, beside: Path) -> None:
         print("dropped: " + ", ".join(f"{k} {n}" for k, n in report.dropped.most_common()))
     if report.refused:
         reasons = ", ".join(f"{code} {count}" for code, count in report.refused.most_common())
-        print(f"refused: {reasons}; see {beside / 'rejected.jsonl'}")
+        print(f"refused: {reasons}; see {refusals}")
 
 
 def _renamed(word: str) -> str:

@@ -51,14 +51,11 @@ def main(words: Sequence[str]) -> int:
 
 
 def _splits(config: StatsConfig) -> Iterator[tuple[str, list[Path]]]:
-    from verl_sft.records.resolve import resolve_files
+    from verl_sft.records.resolve import held_out_files, resolve_files
 
     yield "train", resolve_files(config.inputs, split="train")
-    place = Path(str(config.inputs)).expanduser()
-    if place.is_dir():
-        held_out = sorted(place.glob("val.parquet")) or sorted(place.glob("val-*.parquet"))
-        if held_out:
-            yield "val", held_out
+    if held_out := held_out_files(config.inputs):
+        yield "val", held_out
     if config.against:
         yield "against", resolve_files(config.against, split="train")
 

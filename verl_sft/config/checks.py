@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
@@ -27,6 +28,33 @@ def between(key: str, value: float, low: float, high: float) -> None:
     """Raise unless `low <= value <= high`."""
     if not low <= value <= high:
         raise UsageError(f"{key}={value}: must be between {low} and {high}")
+
+
+def whole(key: str, value: Any) -> int:
+    """The whole number that a value of another tool's file or flag spells, at least 1.
+
+    Raises:
+        UsageError: it is none.
+    """
+    found = real(key, value)
+    if found != int(found) or found < 1:
+        raise UsageError(f"{key}={value}: must be a whole number, at least 1")
+    return int(found)
+
+
+def real(key: str, value: Any) -> float:
+    """The number that a value of another tool's file or flag spells.
+
+    Raises:
+        UsageError: it is none, or not finite.
+    """
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if isinstance(value, bool) or not math.isfinite(found):
+        raise UsageError(f"{key}={value}: must be a number")
+    return found
 
 
 def fraction(key: str, value: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from verl_sft.config.checks import one_of, whole
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
 
@@ -130,7 +131,9 @@ def translate_flags(flags: Mapping[str, Any], *, world_size: int) -> Iterator[tu
         yield "engine.dtype", "bf16", "--bf16 is read as engine.dtype=bf16"
     if "save_strategy" in flags or "save_steps" in flags:
         plan = {"epoch": "after_each_epoch", "no": -1}.get(str(flags.get("save_strategy")))
-        value = int(flags.get("save_steps", 500)) if plan is None else plan
+        if plan is None and str(flags.get("save_strategy", "steps")) != "steps":
+            one_of("--save_strategy", str(flags["save_strategy"]), ("steps", "epoch", "no"))
+        value = whole("--save_steps", flags.get("save_steps", 500)) if plan is None else plan
         yield "trainer.save_freq", value, f"--save_strategy is read as trainer.save_freq={value}"
 
 
@@ -139,7 +142,8 @@ def _batch(flags: Mapping[str, Any], world_size: int) -> Iterator[tuple[str, Any
     steps = flags.get("gradient_accumulation_steps", flags.get("gradient_accumulation"))
     if micro is None and steps is None:
         return
-    per_step, rounds = int(micro or 8), int(steps or 1)
+    per_step = whole("--per_device_train_batch_size", 8 if micro is None else micro)
+    rounds = whole("--gradient_accumulation_steps", 1 if steps is None else steps)
     total = per_step * rounds * world_size
     yield "data.micro_batch_size_per_gpu", per_step, ""
     note = f"batch: {per_step} x {rounds} x {world_size} processes = data.train_batch_size={total}"
@@ -151,7 +155,7 @@ def _lora(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
     if wanted is not None and not _is_true(wanted):
         yield "model.lora_rank", 0, "--use_lora false is read as model.lora_rank=0"
     elif wanted is not None or "lora_r" in flags:
-        rank = int(flags.get("lora_r", 64))
+        rank = whole("--lora_r", flags.get("lora_r", 64))
         yield "model.lora_rank", rank, f"--lora_r is read as model.lora_rank={rank}"
 
 

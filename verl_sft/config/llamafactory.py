@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from verl_sft.config.checks import one_of, real, whole
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
 
@@ -85,6 +86,8 @@ _NO_COUNTERPART = {
     "cache_dir": "HF_HOME decides",
     "push_to_hub": "trainer.upload_uri decides",
 }
+# Fields of a data set that choose other rows, or another kind of training.
+_OTHER_DATA = ("subset", "split", "folder", "ranking", "script_url", "ms_hub_url", "om_hub_url")
 _SCHEDULES = {
     "cosine": "cosine",
     "linear": "linear",
@@ -118,7 +121,9 @@ def read_llamafactory(path: Path, *, world_size: int) -> Translation:
     given = _read_yaml(path)
     asked = {k: v for k, v in given.items() if v is not None}
     if asked.get("stage", "sft") != "sft":
-        raise UsageError(f"stage: {asked['stage']} is not supported", where=str(path), fix="sft")
+        raise UsageError(
+            f"stage: {asked['stage']} is not supported", where=str(path), fix="Use sft"
+        )
     done = Translation()
     known = {**_DEFAULTS, **asked}
     for step in (_data, _batches, _model, _schedule, _engine, _saving):
@@ -173,16 +178,24 @@ def _source(name: str, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]
     """A data set of `dataset_info.json` as a source of a mix."""
     table = folder / "dataset_info.json"
     try:
-        listed = json.loads(table.read_text(encoding="utf-8"))
+        listed = json.loads(table.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot read dataset_info.json: {error}",
             where=str(table),
             fix="Set dataset_dir to the folder that holds it",
         ) from error
+    if not isinstance(listed, dict) or not isinstance(listed.get(name, {}), dict):
+        raise UsageError(f"data set '{name}' is not described by an object", where=str(table))
     if name not in listed:
         raise unknown_name("data set", name, listed)
     entry = listed[name]
+    if other := [key for key in _OTHER_DATA if entry.get(key) not in (None, False, "", "train")]:
+        raise UsageError(
+            f"data set '{name}': {other[0]}={entry[other[0]]} is not supported",
+            where=str(table),
+            fix="Fetch the rows that you mean into a file, and give it as file_name",
+        )
     if "file_name" in entry:
         place = str(folder / entry["file_name"])
     elif "hf_hub_url" in entry:
@@ -196,18 +209,18 @@ def _source(name: str, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]
             source[key] = entry[key]
     cap = entry.get("num_samples") or known.get("max_samples")
     if cap:
-        source["max_rows"] = int(cap)
+        source["max_rows"] = whole("max_samples", cap)
     return source
 
 
 def _batches(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
-    micro = int(known["per_device_train_batch_size"])
-    total = micro * int(known["gradient_accumulation_steps"]) * world_size
+    micro = whole("per_device_train_batch_size", known["per_device_train_batch_size"])
+    rounds = whole("gradient_accumulation_steps", known["gradient_accumulation_steps"])
+    total = micro * rounds * world_size
     done.values["data.micro_batch_size_per_gpu"] = micro
     done.values["data.train_batch_size"] = total
     done.notes.append(
-        f"batch: {micro} x {known['gradient_accumulation_steps']} x {world_size} processes = "
-        f"data.train_batch_size={total}"
+        f"batch: {micro} x {rounds} x {world_size} processes = data.train_batch_size={total}"
     )
 
 
@@ -218,16 +231,16 @@ def _model(known: Mapping[str, Any], done: Translation, path: Path, world_size: 
             f"finetuning_type: {kind} is not supported", where=str(path), fix="Use full or lora"
         )
     if kind == "lora":
-        rank = int(known.get("lora_rank", 8))
+        rank = whole("lora_rank", known.get("lora_rank", 8))
         targets = known.get("lora_target", "all")
         done.values["model.lora_rank"] = rank
-        done.values["model.lora_alpha"] = int(known.get("lora_alpha", 2 * rank))
-        done.values["model.lora_dropout"] = float(known.get("lora_dropout", 0.0))
+        done.values["model.lora_alpha"] = whole("lora_alpha", known.get("lora_alpha", 2 * rank))
+        done.values["model.lora_dropout"] = real("lora_dropout", known.get("lora_dropout", 0.0))
         done.values["model.target_modules"] = "all-linear" if targets == "all" else _names(targets)
     if known.get("pissa_init"):
         done.values["model.lora_init"] = "pissa"
     if known.get("quantization_bit"):
-        bits = int(known["quantization_bit"])
+        bits = whole("quantization_bit", known["quantization_bit"])
         if bits not in (4, 8):
             raise UsageError(f"quantization_bit: {bits} is not supported", fix="Use 4 or 8")
         done.values["model.quantization"] = "nf4" if bits == 4 else "int8"
@@ -243,10 +256,12 @@ def _schedule(known: Mapping[str, Any], done: Translation, path: Path, world_siz
     if name not in _SCHEDULES:
         raise unknown_name("lr_scheduler_type", name, _SCHEDULES)
     done.values["optim.lr_scheduler"] = _SCHEDULES[name]
-    done.values["optim.betas"] = [float(known["adam_beta1"]), float(known["adam_beta2"])]
+    done.values["optim.betas"] = [real(k, known[k]) for k in ("adam_beta1", "adam_beta2")]
     if known.get("warmup_steps"):
-        done.values["optim.lr_warmup_steps"] = int(known["warmup_steps"])
-    epochs = float(known["num_train_epochs"])
+        steps = real("warmup_steps", known["warmup_steps"])
+        key = "lr_warmup_steps_ratio" if steps < 1 else "lr_warmup_steps"  # below 1: a share
+        done.values[f"optim.{key}"] = steps if steps < 1 else whole("warmup_steps", steps)
+    epochs = real("num_train_epochs", known["num_train_epochs"])
     done.values["trainer.total_epochs"] = max(1, math.ceil(epochs))
     if epochs != math.ceil(epochs):
         done.notes.append(f"num_train_epochs: {epochs} is rounded up to {math.ceil(epochs)}")
@@ -259,21 +274,29 @@ def _engine(known: Mapping[str, Any], done: Translation, path: Path, world_size:
     done.values["engine.dtype"] = "bf16" if half else "fp32"
     if known.get("pure_bf16"):
         done.values |= {"engine.dtype": "bf16", "engine.model_dtype": "bf16"}
-    if not known.get("deepspeed"):
+    given = known.get("deepspeed")
+    if not given:
         return
-    stage, offload = _zero_stage(_folder(known["deepspeed"], path))
+    stage, offload = (
+        _zero_of(given) if isinstance(given, dict) else _zero_file(_folder(given, path))
+    )
     done.values["engine.reshard_after_forward"] = stage == 3
     done.values["engine.offload"] = offload
     kept = "sharded in the forward pass too" if stage == 3 else "gathered until the backward pass"
     done.notes.append(f"deepspeed: ZeRO stage {stage} is FSDP2 with parameters {kept}")
 
 
-def _zero_stage(path: Path) -> tuple[int, bool]:
-    """The stage and whether something is offloaded, by the file or else by its name."""
+def _zero_of(content: Mapping[str, Any]) -> tuple[int, bool]:
+    """The stage, and whether something is offloaded."""
+    zero = content.get("zero_optimization", {})
+    devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
+    return int(zero.get("stage", 0)), "cpu" in devices
+
+
+def _zero_file(path: Path) -> tuple[int, bool]:
+    """The same by the file or else by its name."""
     try:
-        zero = json.loads(path.read_text(encoding="utf-8")).get("zero_optimization", {})
-        devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
-        return int(zero.get("stage", 0)), "cpu" in devices
+        return _zero_of(json.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError, AttributeError):
         name = path.name.lower()
         stage = next((n for n in (3, 2, 1) if f"z{n}" in name or f"zero{n}" in name), 0)
@@ -281,16 +304,23 @@ def _zero_stage(path: Path) -> tuple[int, bool]:
 
 
 def _saving(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
-    plans = {"epoch": "after_each_epoch", "no": -1, "steps": int(known["save_steps"])}
-    done.values["trainer.save_freq"] = plans.get(str(known["save_strategy"]), -1)
+    done.values["trainer.save_freq"] = _plan("save", known["save_strategy"], known["save_steps"])
     held = known.get("eval_strategy", known.get("evaluation_strategy", "no"))
-    plans = {"epoch": "after_each_epoch", "no": -1, "steps": int(known.get("eval_steps") or 500)}
-    done.values["trainer.test_freq"] = plans.get(str(held), -1)
+    steps = known.get("eval_steps") or 500
+    done.values["trainer.test_freq"] = _plan("eval", held, steps)
     wanted = [w for w in _names(known.get("report_to")) if w in _LOGGERS and w != "tensorboard"]
     done.values["trainer.logger"] = ["console", "file", "tensorboard", *wanted]
-    if known.get("resume_from_checkpoint"):
+    if known.get("resume_from_checkpoint") not in (None, False, True):  # true: ours, `auto`
         done.values["trainer.resume_mode"] = "resume_path"
         done.values["trainer.resume_from_path"] = str(known["resume_from_checkpoint"])
+
+
+def _plan(what: str, strategy: Any, steps: Any) -> Any:
+    """When to save or validate, as our keys say it; YAML reads `no` as false."""
+    named = "no" if strategy is False else str(strategy)
+    one_of(f"{what}_strategy", named, ("epoch", "no", "steps"))
+    plans = {"epoch": "after_each_epoch", "no": -1}
+    return plans[named] if named in plans else whole(f"{what}_steps", steps)
 
 
 # Keys that the steps above read.
@@ -329,4 +359,4 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError("cannot read the LLaMA-Factory file", where=str(path), why=why) from error
     if not isinstance(content, dict):
         raise UsageError("the file holds no key: value pairs", where=str(path))
-    return content
+    return {str(key): value for key, value in content.items()}

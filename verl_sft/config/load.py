@@ -115,6 +115,11 @@ def _parse(words: Sequence[str], *, defaults: Any) -> Iterator[tuple[str, Any]]:
         key = override.key_or_group
         if override.is_delete():
             yield key, OmegaConf.select(defaults, key)
+        elif override.is_sweep_override():
+            raise UsageError(
+                f"cannot read '{word}': it holds more than one value",
+                fix=f"Write a list as {key}=[a,b], and quote a value with commas: \"{key}='a, b'\"",
+            )
         else:
             yield key, override.value()
 

@@ -58,6 +58,31 @@ def opening_hash(messages: Sequence[Message]) -> str:
     return content_hash(opening)
 
 
+def turn_records(record: SFTRecord) -> Iterator[SFTRecord]:
+    """One record per learned turn: the chat up to it, only its last message learned.
+
+    A record that is one already stays as it is; the others are parts of the same episode.
+    """
+    turns = record.supervise
+    if turns is None:
+        turns = tuple(i for i, m in enumerate(record.messages) if m.role == "assistant")
+    if len(turns) == 1 and turns[0] == len(record.messages) - 1:
+        yield record
+        return
+    for turn, weight in zip(turns, record.weights or (1.0,) * len(turns), strict=True):
+        part = replace(
+            record,
+            messages=record.messages[: turn + 1],
+            supervise=(turn,),
+            weights=None if weight == 1 else (weight,),
+            episode_id=record.episode_id or record.record_id,
+            step=turn,
+            prompt=None,
+            response=None,
+        )
+        yield replace(part, record_id=record_id(part))
+
+
 def _step_rows(episode: Episode, template: PromptTemplate) -> Iterator[SFTRecord]:
     for position, step in enumerate(episode.steps):
         if step.weight <= 0:

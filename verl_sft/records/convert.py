@@ -7,23 +7,25 @@ The output appears complete or not at all; rows that cannot be read or written g
 from __future__ import annotations
 
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from verl_sft.errors import UsageError
-from verl_sft.records.build import record_id
+from verl_sft.errors import InputError, UsageError
+from verl_sft.records.build import opening_hash, record_id, turn_records
 from verl_sft.records.io import csv_writer, parquet_writer
 from verl_sft.records.parse import Reject
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.split import split_groups
 from verl_sft.records.values import BadRowError
-from verl_sft.safe_io import content_hash, dump_json, make_output_dir, publishing
+from verl_sft.safe_io import dump_json, make_output_dir, publishing
 from verl_sft.types import JSON
 
 Write = Callable[[SFTRecord], None]
+Refuse = Callable[[Reject], None]
 Records = Callable[[], Iterable[SFTRecord]]
 
 
@@ -43,61 +45,62 @@ class ConvertReport:
         return self.written.total() + left_out
 
 
-def named(records: Iterable[SFTRecord]) -> Iterator[SFTRecord]:
+class NothingLeftError(InputError):
+    """Not one record is there to write; what stood at the place stays."""
+
+
+def named(records: Iterable[SFTRecord], *, reject: Refuse | None = None) -> Iterator[SFTRecord]:
     """Give each record the ids that it lacks: its content's hash, and the group it is split by.
 
     Without a group of its own a record belongs to its episode or task, else to all records that
     begin with the same messages up to the first answer.
+
+    Raises:
+        InputError: without `reject`, a record holds values that are not JSON, and has no hash.
     """
     for record in records:
-        group = record.group_id or record.task_id or record.episode_id
-        if not group:
-            opening = []
-            for message in record.messages:
-                if message.role == "assistant":
-                    break
-                opening.append(message.to_json())
-            group = content_hash(opening)
-        yield replace(record, record_id=record.record_id or record_id(record), group_id=group)
-
-
-def per_turn(records: Iterable[SFTRecord]) -> Iterator[SFTRecord]:
-    """One record per learned turn: the chat up to it, only its last message learned."""
-    for record in records:
-        turns = record.supervise
-        if turns is None:
-            turns = tuple(i for i, m in enumerate(record.messages) if m.role == "assistant")
-        weights = record.weights or (1.0,) * len(turns)
-        if len(turns) == 1 and turns[0] == len(record.messages) - 1:
-            yield record
+        try:
+            found = record.record_id or record_id(record)
+            group = record.group_id or record.task_id or record.episode_id
+            group = group or opening_hash(record.messages)
+        except (ValueError, TypeError) as error:
+            bad = _reject(record, BadRowError("messages", "NOT_JSON", str(error)))
+            if reject is None:
+                raise InputError(bad.message, where=record.source, why=bad.code) from error
+            reject(bad)
             continue
-        for turn, weight in zip(turns, weights, strict=True):
-            part = replace(
-                record,
-                messages=record.messages[: turn + 1],
-                supervise=(turn,),
-                weights=None if weight == 1 else (weight,),
-                episode_id=record.episode_id or record.record_id,
-                step=turn,
-                prompt=None,
-                response=None,
-            )
-            yield replace(part, record_id=record_id(part))
+        yield replace(record, record_id=found, group_id=group)
+
+
+def per_turn(records: Iterable[SFTRecord], *, dropped: Counter[str]) -> Iterator[SFTRecord]:
+    """The `turn_records` of all records; one without a learned turn is counted."""
+    for record in records:
+        found = list(turn_records(record))
+        if not found:
+            dropped["nothing_learned"] += 1
+        yield from found
 
 
 def unique(records: Iterable[SFTRecord], report: ConvertReport) -> Iterator[SFTRecord]:
-    """Leave out records whose id came before."""
+    """Leave out records whose content, by its hash, came before."""
     seen: set[str] = set()
     for record in records:
-        if record.record_id in seen:
+        content = record_id(record)
+        if content in seen:
             report.duplicates += 1
             continue
-        seen.add(record.record_id)
+        seen.add(content)
         yield record
 
 
 def write_split(
-    directory: Path, records: Records, *, val_fraction: float, seed: int, report: ConvertReport
+    directory: Path,
+    records: Records,
+    *,
+    val_fraction: float,
+    seed: int,
+    report: ConvertReport,
+    reject: Refuse,
 ) -> list[str]:
     """Write `train` and `val` as parquet and CSV, divided by group; returns notes for the user.
 
@@ -107,6 +110,10 @@ def write_split(
         val_fraction: share of the groups to hold out.
         seed: of the division.
         report: counts rows by side.
+        reject: told of records that a column cannot hold.
+
+    Raises:
+        NothingLeftError: there is no record.
     """
     groups = {r.group_id: r.task_type for r in records()}
     split = split_groups(groups, val_fraction=val_fraction, seed=seed)
@@ -121,9 +128,9 @@ def write_split(
         }
         for record in records():
             side = "val" if record.group_id in split.val else "train"
-            for write in writers[side]:
-                write(record)
-            report.written[side] += 1
+            if _put(record, writers[side], reject):
+                report.written[side] += 1
+        _check_written(report, directory)
     return [split.note] if split.note else []
 
 
@@ -133,12 +140,13 @@ def write_file(
     *,
     target: SourceFormat,
     report: ConvertReport,
-    reject: Callable[[Reject], None],
+    reject: Refuse,
 ) -> None:
     """Write one file in a format; records that it cannot hold are refused with the reason.
 
     Raises:
         UsageError: the format cannot be written, or not into a file of this suffix.
+        NothingLeftError: there is no record.
     """
     if target.write is None:
         raise UsageError(f"the format '{target.name}' can be read, not written")
@@ -146,25 +154,54 @@ def write_file(
         writer = csv_writer(path) if path.suffix == ".csv" else parquet_writer(path, metadata={})
         with writer as write:
             for record in records:
-                write(record)
-                report.written[path.name] += 1
+                if _put(record, [write], reject):
+                    report.written[path.name] += 1
+            _check_written(report, path)
         return
     with _row_writer(path) as put:
-        for number, record in enumerate(records):
+        for record in records:
             try:
-                rows = list(target.write(record))
+                rows = [dump_json(row) for row in target.write(record)]
             except BadRowError as bad:
-                file, _, row = record.source.rpartition(":")
-                place = int(row) if row.isdigit() else number
-                reject(Reject(file, place, bad.field, bad.code, bad.message, bad.fix))
+                reject(_reject(record, bad))
                 continue
-            for row_ in rows:
-                put(row_)
+            except (ValueError, OverflowError) as error:
+                reject(_reject(record, BadRowError("", "NOT_STORABLE", str(error))))
+                continue
+            for row in rows:
+                put(row)
             report.written[path.name] += 1
+        _check_written(report, path)
+
+
+def _put(record: SFTRecord, writers: Iterable[Write], reject: Refuse) -> bool:
+    try:
+        for write in writers:  # all of them encode alike: the first one refuses
+            write(record)
+    except InputError as error:
+        reject(_reject(record, BadRowError("", "NOT_STORABLE", error.what)))
+        return False
+    return True
+
+
+def _check_written(report: ConvertReport, where: Path) -> None:
+    if report.written.total() == 0:
+        raise NothingLeftError(
+            "there is no record to write; nothing was changed",
+            where=str(where),
+            why=f"{report.total} records and rows were looked at",
+            fix="Check in=, and what was refused or dropped",
+        )
+
+
+def _reject(record: SFTRecord, bad: BadRowError) -> Reject:
+    file, _, row = record.source.rpartition(":")
+    place = int(row) if row.isdigit() else 0
+    return Reject(file, place, bad.field, bad.code, bad.message, bad.fix)
 
 
 @contextlib.contextmanager
-def _row_writer(path: Path) -> Iterator[Callable[[JSON], None]]:
+def _row_writer(path: Path) -> Iterator[Callable[[str], None]]:
     if path.suffix == ".parquet":
         with _parquet_rows(path) as put:
             yield put
@@ -179,9 +216,9 @@ def _row_writer(path: Path) -> Iterator[Callable[[JSON], None]]:
     with publishing(path) as temporary, temporary.open("w", encoding="ascii") as stream:
         before = "[\n" if array else ""
 
-        def put(row: JSON) -> None:
+        def put(row: str) -> None:
             nonlocal before
-            stream.write(before + dump_json(row) + ("" if array else "\n"))
+            stream.write(before + row + ("" if array else "\n"))
             before = ",\n" if array else ""
 
         yield put
@@ -190,7 +227,7 @@ def _row_writer(path: Path) -> Iterator[Callable[[JSON], None]]:
 
 
 @contextlib.contextmanager
-def _parquet_rows(path: Path) -> Iterator[Callable[[JSON], None]]:
+def _parquet_rows(path: Path) -> Iterator[Callable[[str], None]]:
     """Rows of any shape: every column is text, whatever is not text in JSON."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -198,8 +235,8 @@ def _parquet_rows(path: Path) -> Iterator[Callable[[JSON], None]]:
     with publishing(path) as temporary:
         rows: list[JSON] = []
 
-        def put(row: JSON) -> None:
-            rows.append(row)
+        def put(row: str) -> None:
+            rows.append(json.loads(row))
 
         yield put
         columns = list(dict.fromkeys(name for row in rows for name in row))

@@ -11,11 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
 from verl_sft.errors import InputError
 from verl_sft.records.columns import CSV_COLUMNS, CSV_SAFE, OWN_COLUMNS, from_cell
+from verl_sft.records.json_array import array_items
 from verl_sft.records.rows import load_json
 from verl_sft.records.values import BadRowError, without_nulls
 from verl_sft.types import JSON
@@ -23,6 +25,7 @@ from verl_sft.types import JSON
 Row = JSON | BadRowError
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
 _READ_ROWS = 256
+_LINES_LOOKED_AT = 20  # to see whether a .json file has one object per line
 _MOST_LINE_BYTES = 128 << 20  # of one row: more is a broken file or an attack
 
 
@@ -74,7 +77,7 @@ def _open_csv(path: Path) -> RowFile:
 
 def _csv_lines(path: Path) -> Iterator[list[str]]:
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
             yield from csv.reader(stream, strict=True)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise unreadable(path, error) from error
@@ -114,14 +117,23 @@ def _first_byte(stream: IO[bytes]) -> bytes:
 
 
 def _is_one_object(stream: IO[bytes]) -> bool:
-    """Whether a `.json` file is one object, not objects line by line."""
-    first = stream.readline(_MOST_LINE_BYTES)
-    more = any(line.strip() for line in iter(stream.readline, b""))
+    """Whether a `.json` file is one object, not objects line by line.
+
+    Its first lines say: where the very first or most of them are objects, each line is one.
+    """
+    lines = (line for line in iter(lambda: stream.readline(_MOST_LINE_BYTES), b"") if line.strip())
+    are_objects = [_is_object(line) for line in islice(lines, _LINES_LOOKED_AT)]
     stream.seek(0)
-    try:
-        return not (more and isinstance(json.loads(first), dict))
-    except ValueError:
+    if len(are_objects) < 2:
         return True
+    return not are_objects[0] and 2 * sum(are_objects) <= len(are_objects)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _line_rows(stream: IO[bytes]) -> Iterator[Row]:
@@ -151,18 +163,16 @@ def _decoded(text: bytes) -> Row:
 
 
 def _array_rows(path: Path, stream: IO[bytes]) -> Iterator[Row]:
-    import ijson
-
-    if stream.read(3) != b"\xef\xbb\xbf":
-        stream.seek(0)
     try:
-        for value in ijson.items(stream, "item", use_float=True):
+        for value in array_items(stream, most_chars=_MOST_LINE_BYTES):
             yield value if isinstance(value, dict) else _not_an_object(value)
-    except (ijson.JSONError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise unreadable(path, error) from error
 
 
 def _not_an_object(value: Any) -> BadRowError:
+    if isinstance(value, BadRowError):
+        return value
     return BadRowError("", "NOT_AN_OBJECT", f"expected an object, found {type(value).__name__}")
 
 

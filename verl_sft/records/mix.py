@@ -75,9 +75,9 @@ def resolve_sources(spec: Any, *, split: str) -> list[Source]:
     """
     if isinstance(spec, Mapping):
         return [_source(spec, split=split)]
-    if isinstance(spec, str | Path):
-        return [Source(tuple(resolve_files(spec, split=split)))]
-    return [source for part in spec for source in resolve_sources(part, split=split)]
+    if isinstance(spec, list | tuple):
+        return [source for part in spec for source in resolve_sources(part, split=split)]
+    return [Source(tuple(resolve_files(spec, split=split)))]
 
 
 def read_mix(
@@ -170,24 +170,37 @@ def _source(spec: Mapping[str, Any], *, split: str) -> Source:
             raise unknown_name("field of a data source", str(key), known)
     if not spec.get("path"):
         raise UsageError("a data source without a path", where=f"data.{split}_files={dict(spec)}")
-    values = {k: v for k, v in spec.items() if k != "path"}
-    for key in ("columns", "tags"):
-        if key in values:
-            values[key] = tuple((str(k), str(v)) for k, v in dict(values[key]).items())
-    source = Source(tuple(resolve_files(spec["path"], split=split)), **values)
-    wrong = [
-        name
-        for name, ok in (
-            ("weight", isfinite(source.weight) and source.weight >= 0),
-            ("fraction", 0 <= source.fraction <= 1),
-            ("repeat", source.repeat >= 1),
-            ("max_rows", source.max_rows >= -1),
-            ("max_length", source.max_length is None or source.max_length >= 2),
-        )
-        if not ok
-    ]
-    if wrong:
-        raise UsageError(
-            f"{wrong[0]}={values[wrong[0]]}: out of range", where=f"data.{split}_files={dict(spec)}"
-        )
-    return source
+    where = f"data.{split}_files={dict(spec)}"
+    values = {key: _field(key, value, where) for key, value in spec.items() if key != "path"}
+    return Source(tuple(resolve_files(spec["path"], split=split)), **values)
+
+
+# Field -> its type, and what else must hold.
+_FIELDS: dict[str, tuple[type, Callable[[Any], bool]]] = {
+    "name": (str, lambda v: True),
+    "format": (str, lambda v: True),
+    "mask_history": (bool, lambda v: True),
+    "weight": (float, lambda v: isfinite(v) and v >= 0),
+    "fraction": (float, lambda v: 0 <= v <= 1),
+    "repeat": (int, lambda v: v >= 1),
+    "max_rows": (int, lambda v: v >= -1),
+    "max_length": (int, lambda v: v >= 2),
+    "seed": (int, lambda v: True),
+}
+
+
+def _field(key: str, value: Any, where: str) -> Any:
+    """The value of one field, checked."""
+    if key in ("columns", "tags"):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{key}={value!r:.80}: not an object of names", where=where)
+        return tuple((str(k), str(v)) for k, v in value.items())
+    kind, holds = _FIELDS[key]
+    if value is None and key in ("mask_history", "max_length"):
+        return None
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+        raise UsageError(f"{key}={value!r:.80}: must be {wanted[kind]}", where=where)
+    if not holds(value):
+        raise UsageError(f"{key}={value!r:.80}: out of range", where=where)
+    return value

@@ -14,7 +14,7 @@ from typing import Any
 from verl_sft.records.messages import check_message, check_order, parse_messages
 from verl_sft.records.rows import ColumnError, row_to_record
 from verl_sft.records.schema import SFTRecord
-from verl_sft.records.values import BadRowError, plain, sequence, struct, weight_of
+from verl_sft.records.values import BadRowError, as_float, plain, sequence, struct, weight_of
 from verl_sft.types import JSON, Message
 
 
@@ -179,8 +179,8 @@ def _scalars(row: Mapping[str, Any]) -> JSON:
             if isinstance(value := plain(row.get(name)), kind):
                 known[name] = value
     reward = plain(row.get("reward"))
-    if isinstance(reward, int | float) and not math.isnan(reward):
-        known["reward"] = float(reward)
+    if isinstance(reward, int | float) and not math.isnan(reward := as_float(reward, "reward")):
+        known["reward"] = reward
     if row.get("sample_weight") is not None:
         known["sample_weight"] = weight_of(plain(row["sample_weight"]), "sample_weight")
     return known

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 from verl_sft.errors import InputError
@@ -18,7 +17,7 @@ from verl_sft.registry import SOURCES, resolve
 from verl_sft.types import JSON
 
 RejectSink = Callable[[Reject], None]
-_LOOKED_AT = 20  # rows that a format is recognised by
+_LOOKED_AT = 20  # rows of no known format before a file is given up
 
 
 def read_records(
@@ -44,19 +43,7 @@ def read_records(
 
 
 def _read_file(path: Path, options: ReadOptions, reject: RejectSink | None) -> Iterator[SFTRecord]:
-    opened = open_rows(path)
-    head: list[Row] = []
-    chosen = None
-    for row in opened.rows:
-        head.append(row)
-        if isinstance(row, dict):
-            chosen = pick_format(row, columns=opened.columns, options=options, where=path)
-        if chosen is not None or len(head) == _LOOKED_AT:
-            break
-    if chosen is None and opened.columns is not None:  # no row, but the columns can be checked
-        empty = dict.fromkeys(opened.columns)
-        chosen = pick_format(empty, columns=opened.columns, options=options, where=path)
-    for index, row in enumerate(chain(head, opened.rows)):
+    for index, row, chosen in _with_format(path, options):
         for found in _read_row(row, chosen, options):
             if isinstance(found, SFTRecord):
                 if options.mask_history:
@@ -67,6 +54,34 @@ def _read_file(path: Path, options: ReadOptions, reject: RejectSink | None) -> I
             else:
                 where = f"{path}:{index}:{found.field}"
                 raise InputError(found.message, where=where, why=found.code, fix=found.fix)
+
+
+def _with_format(
+    path: Path, options: ReadOptions
+) -> Iterator[tuple[int, Row, SourceFormat | None]]:
+    """Each row with its place and the format of the file, which only bad rows can do without."""
+    opened = open_rows(path)
+    chosen: SourceFormat | None = None
+    odd: list[tuple[int, JSON]] = []  # rows that look like no format, before the first that does
+    unknown: InputError | None = None
+    for index, row in enumerate(opened.rows):
+        if chosen is None and isinstance(row, dict):
+            try:
+                chosen = pick_format(row, columns=opened.columns, options=options, where=path)
+            except InputError as error:
+                unknown = unknown or error
+                odd.append((index, row))
+                if len(odd) == _LOOKED_AT:
+                    raise unknown from None
+                continue
+            for place, early in odd:
+                yield place, early, chosen
+        yield index, row, chosen
+    if chosen is None and unknown is not None:
+        raise unknown
+    if chosen is None and opened.columns is not None:  # no row, but the columns can be checked
+        empty = dict.fromkeys(opened.columns)
+        pick_format(empty, columns=opened.columns, options=options, where=path)
 
 
 def _last_only(record: SFTRecord) -> SFTRecord:

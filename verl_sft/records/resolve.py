@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from verl_sft.errors import InputError
+from verl_sft.errors import InputError, UsageError
 from verl_sft.records.remote import fetch
 
 
@@ -21,13 +21,17 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
 
     Raises:
         InputError: nothing is there.
+        UsageError: the value is no path.
     """
-    if not isinstance(spec, str | Path):
+    if isinstance(spec, list | tuple):
         return [path for part in spec for path in resolve_files(part, split=split)]
+    if not isinstance(spec, str | Path) or not str(spec):
+        raise UsageError(
+            f"{spec!r:.80} names no file", fix="Give a path, a glob, a URL, or a list of these"
+        )
     if "://" in str(spec):
         return fetch(str(spec), split=split)
     path = Path(spec).expanduser()
-    key = f"data.{split}_files"
     if path.is_dir():
         single = path / f"{split}.parquet"
         found = [single] if single.is_file() else sorted(path.glob(f"{split}-*.parquet"))
@@ -37,7 +41,7 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
                 f"the directory holds no {split}.parquet and no {split}-*.parquet",
                 where=str(path),
                 why=f"There is: {there}",
-                fix=f"Point {key} at an sft_data directory or at parquet files",
+                fix="Name the files, or a glob such as DIR/*.json",
             )
         return found
     if path.is_file():
@@ -45,9 +49,28 @@ def resolve_files(spec: Any, *, split: str) -> list[Path]:
     found = [
         file
         for match in sorted(glob.glob(str(path)))
-        if os.path.exists(match)
+        if os.path.isfile(match) or os.path.isdir(match)
         for file in resolve_files(match, split=split)
     ]
     if not found:
-        raise InputError("no such file", where=str(path), fix=f"Correct {key}")
+        special = path.exists()  # a pipe cannot be read twice, nor hashed
+        raise InputError(
+            "it is neither a file nor a directory" if special else "no such file",
+            where=str(path),
+            fix="Write its content into a file" if special else "Correct the path",
+        )
     return found
+
+
+def held_out_files(spec: Any) -> list[Path]:
+    """`val.parquet`, or its shards, of each sft_data directory that a value names."""
+    if isinstance(spec, list | tuple):
+        return [path for part in spec for path in held_out_files(part)]
+    folders = [Path(match) for match in sorted(glob.glob(str(Path(str(spec)).expanduser())))]
+    if (exact := Path(str(spec)).expanduser()).is_dir():
+        folders = [exact]
+    return [
+        file
+        for folder in folders
+        for file in sorted(folder.glob("val.parquet")) or sorted(folder.glob("val-*.parquet"))
+    ]

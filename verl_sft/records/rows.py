@@ -98,7 +98,7 @@ def message_text(message: Message) -> str:
 
 
 def load_json(text: Any) -> Any:
-    """Strict JSON: no NaN or infinity.
+    """Strict JSON: no NaN or infinity, and no number that becomes one.
 
     Raises:
         ValueError: not JSON, nested too deeply, or not text.
@@ -106,9 +106,26 @@ def load_json(text: Any) -> Any:
     if not isinstance(text, str):
         raise ValueError(f"expected JSON text, found {type(text).__name__}")
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
     except RecursionError:
-        raise ValueError("nested too deeply") from None
+        raise ValueError(_TOO_DEEP) from None
+    _check_depth(value, text, 0, len(text))
+    return value
+
+
+def decode_json(text: str, start: int) -> tuple[Any, int]:
+    """As `load_json`, for the value that begins at `start`; also the place behind it.
+
+    Raises:
+        JSONDecodeError: not JSON, or not to its end.
+        ValueError: as `load_json`.
+    """
+    try:
+        value, end = _DECODER.raw_decode(text, start)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    _check_depth(value, text, start, end)
+    return value, end
 
 
 def float32(value: float) -> float:
@@ -120,7 +137,33 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)  # made once: `loads` makes one per call
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text:.40} is too large a number")
+    return value
+
+
+# Made once: `loads` makes one per call.
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, parse_float=_finite)
+_DEEPEST = 100  # levels; everything that walks a row later has room for these
+_TOO_DEEP = "nested too deeply"
+
+
+def _check_depth(value: Any, text: str, start: int, end: int) -> None:
+    if text.count("[", start, end) + text.count("{", start, end) <= _DEEPEST:
+        return
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            part
+            for item in level
+            for part in (item.values() if isinstance(item, dict) else item)
+            if isinstance(part, dict | list)
+        ]
+        if not level:
+            return
+    raise ValueError(_TOO_DEEP)
 
 
 def _text_struct(value: str | None) -> JSON | None:

@@ -6,6 +6,7 @@ import hashlib
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from verl_sft.config.select import SelectConfig
 from verl_sft.errors import UsageError
@@ -80,19 +81,27 @@ def condition(text: str) -> Callable[[SFTRecord], bool]:
     database.set_authorizer(allow)
 
     def holds(record: SFTRecord) -> bool:
-        given = [getattr(record, name) for name in _NAMES[:-2]]
-        row = [escape(v) if isinstance(v, str) else v for v in given]
-        (value,) = database.execute(query, [*row, _turns(record), _chars(record)]).fetchone()
+        row = [_sql_value(getattr(record, name)) for name in _NAMES[:-2]]
+        try:
+            (value,) = database.execute(query, [*row, _turns(record), _chars(record)]).fetchone()
+        except sqlite3.Error as error:
+            raise UsageError(
+                f"select.where={text}: {error}",
+                where=record.source,
+                fix=f"Write an SQL condition on: {', '.join(_NAMES)}",
+            ) from error
         return bool(value)
 
-    try:
-        holds(SFTRecord(messages=()))
-    except sqlite3.Error as error:
-        raise UsageError(
-            f"select.where={text}: {error}",
-            fix=f"Write an SQL condition on: {', '.join(_NAMES)}",
-        ) from error
+    holds(SFTRecord(messages=()))
     return holds
+
+
+def _sql_value(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return float(value)
+    return value
 
 
 def balanced(

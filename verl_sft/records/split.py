@@ -36,11 +36,11 @@ def split_groups(groups: Mapping[str, str], *, val_fraction: float, seed: int) -
     """
     total = len(groups)
     if val_fraction == 0:
-        return Split(frozenset(groups), frozenset(), "output.val_fraction=0: no validation rows")
+        return Split(frozenset(groups), frozenset(), "val_fraction=0: no validation rows")
     if total < 2:
         note = (
             f"{total} task was kept, and a task is never split: there are no validation rows. "
-            "Collect at least 2 tasks, or set output.val_fraction=0"
+            "Two tasks are the least, or set val_fraction=0"
         )
         return Split(frozenset(groups), frozenset(), note)
     wanted = min(max(round(val_fraction * total), 1), total - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,7 @@ LEFT_OUT = frozenset(
         *("NOT_SUCCESSFUL", "INVALID_ACTION", "ENV_ERROR", "POLICY_ERROR", "ABORTED"),
     }
 )
+_LARGEST = 3.4028234e38  # that float32 holds
 _LEAVES = frozenset({str, int, float, bool, type(None)})
 
 
@@ -33,9 +33,20 @@ def weight_of(value: Any, field: str) -> float:
     Raises:
         BadRowError: it is neither, or negative.
     """
-    if not isinstance(value, bool | int | float) or not math.isfinite(value) or value < 0:
-        fix = "Use true, false or a number of at least 0"
+    fix = "Use true, false or a number of at least 0"
+    if not isinstance(value, bool | int | float) or not 0 <= value <= _LARGEST:
         raise BadRowError(field, "BAD_WEIGHT", f"{value!r:.40} is not a weight", fix)
+    return float(value)
+
+
+def as_float(value: int | float, field: str) -> float:
+    """A number as a float that a float32 column holds; NaN stays.
+
+    Raises:
+        BadRowError: it is too large.
+    """
+    if abs(value) > _LARGEST:
+        raise BadRowError(field, "BAD_VALUE", "the number is too large for its column")
     return float(value)
 
 

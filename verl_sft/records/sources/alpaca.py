@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from verl_sft.records.build import turn_records
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import load_json, message_text
 from verl_sft.records.schema import SFTRecord
@@ -95,15 +96,12 @@ def _view(message: Message) -> tuple[str, str]:
 
 
 def _write(record: SFTRecord) -> Iterable[JSON]:
+    return tuple(_row(part) for part in turn_records(record))
+
+
+def _row(record: SFTRecord) -> JSON:
+    """The row of a record whose last message alone is learned."""
     messages = record.messages
-    learned = record.supervise
-    if learned is None:
-        learned = tuple(i for i, m in enumerate(messages) if m.role == "assistant")
-    return tuple(_row(record, turn, place) for place, turn in enumerate(learned))
-
-
-def _row(record: SFTRecord, turn: int, place: int) -> JSON:
-    messages = record.messages[: turn + 1]
     views = [_view(m) for m in messages]
     row: JSON = {"instruction": "", "input": "", "output": views[-1][1]}
     chat = views[:-1]
@@ -124,9 +122,6 @@ def _row(record: SFTRecord, turn: int, place: int) -> JSON:
         row["tools"] = tools_text(record.tools)
     more = extras(record)
     more.pop("supervise", None)
-    weights = more.pop("weights", None)
-    if weights is not None and weights[place] != 1:
-        more["weights"] = [weights[place]]
     if any(kept_message(m) is not None or m.role == "tool" for m in messages):
         more["messages"] = [m.to_json() for m in messages]
     return row | ({KEY: more} if more else {})

@@ -1,0 +1,184 @@
+"""Files as users have them: odd encodings, stray rows, wrong paths; nothing lost, no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl_sft.cli import main
+from verl_sft.records import json_array
+from verl_sft.records.json_array import array_items
+from verl_sft.records.read import read_records
+from verl_sft.records.values import BadRowError
+
+
+def chat(number: int | str) -> dict[str, Any]:
+    turns = [("human", f"question {number}"), ("gpt", f"answer {number}")]
+    return {"conversations": [{"from": role, "value": text} for role, text in turns]}
+
+
+LINES = "\n".join(json.dumps(chat(i)) for i in range(5))
+
+
+def convert(tmp_path: Path, content: str | bytes, *words: str, name: str = "in.jsonl") -> int:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return main(["convert", f"in={path}", f"out={tmp_path / 'out.jsonl'}", *words])
+
+
+def written(tmp_path: Path) -> list[Any]:
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+
+
+def refused(tmp_path: Path) -> list[Any]:
+    text = (tmp_path / "out.jsonl.rejected.jsonl").read_text()
+    return [(row["row"], row["code"]) for row in map(json.loads, text.splitlines())]
+
+
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(), max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=10,
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    values=st.lists(JSONS, max_size=6), indent=st.sampled_from([None, 1]), block=st.integers(1, 9)
+)
+def test_arrays_are_read_as_by_json(values: list[Any], indent: int | None, block: int) -> None:
+    """Any array gives its elements back, wherever the blocks that are read end."""
+    text = json.dumps(values, indent=indent).encode()
+    before, json_array._BLOCK = json_array._BLOCK, block
+    try:
+        assert list(array_items(io.BytesIO(text), most_chars=1 << 20)) == json.loads(text)
+    finally:
+        json_array._BLOCK = before
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[1", "[1,", "[1 2]", '[{"a": 1]', "[1] 2", "1", "", "[tru]"]
+)
+def test_damaged_arrays_are_refused(text: str) -> None:
+    """An array that ends early or goes on behind its end is an error."""
+    with pytest.raises(ValueError, match=r"array|element"):
+        list(array_items(io.BytesIO(text.encode()), most_chars=100))
+
+
+def test_an_endless_element_is_not_held() -> None:
+    """An element above the limit ends the reading."""
+    stream = io.BytesIO(b'["' + b"x" * (1 << 21))
+    with pytest.raises(ValueError, match="more than 1,000 long"):
+        list(array_items(stream, most_chars=1000))
+
+
+def test_one_number_that_is_none_spoils_one_element() -> None:
+    """NaN in an array is a bad row, and the rows behind it are read."""
+    first, bad, last = array_items(io.BytesIO(b'[{"a": 1}, {"a": NaN}, {"a": 2}]'), most_chars=100)
+    assert (first, last) == ({"a": 1}, {"a": 2}) and isinstance(bad, BadRowError)
+
+
+def test_text_of_an_array_is_kept_to_the_last_character(tmp_path: Path) -> None:
+    """A lone surrogate in an array comes through as it does in JSON lines."""
+    (tmp_path / "a.json").write_text(json.dumps([chat("\ud800 \x00 end")]))
+    (record,) = read_records(tmp_path / "a.json")
+    assert record.messages[0].content == "question \ud800 \x00 end"
+
+
+@pytest.mark.parametrize("junk", ["{broken", "1", "{}", '{"a": 1}'])
+@pytest.mark.parametrize("name", ["in.jsonl", "in.json"])
+def test_a_bad_first_line_hides_no_other(tmp_path: Path, junk: str, name: str) -> None:
+    """Whatever stands in the first line, the five good ones are used."""
+    assert convert(tmp_path, f"{junk}\n{LINES}", "max_reject_fraction=0.5", name=name) == 0
+    assert len(written(tmp_path)) == 5 and [row for row, _ in refused(tmp_path)] == [0]
+
+
+def test_many_bad_lines_hide_no_good_one(tmp_path: Path) -> None:
+    """Good rows behind 25 bad ones are used; each bad one is named."""
+    assert convert(tmp_path, "junk\n" * 25 + LINES, "max_reject_fraction=1") == 0
+    assert len(written(tmp_path)) == 5 and len(refused(tmp_path)) == 25
+
+
+def test_an_unknown_format_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file without a usable row names the keys that it has."""
+    assert convert(tmp_path, '{"foo": 1}\n' * 30) == 3
+    assert "foo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        '"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1e999}}}]}]',
+        '"tool_calls": [{"function": {"name": "f", "arguments": {"x": %s}}}]}]'
+        % ("[" * 400 + "]" * 400),
+        '"content": "a"}], "reward": 1e300',
+        f'"content": "a"}}], "reward": {"9" * 400}',
+    ],
+)
+@pytest.mark.parametrize("shape", ["%s\n%s", "[%s,%s]"])
+def test_values_that_no_column_holds(tmp_path: Path, row: str, shape: str) -> None:
+    """Too large numbers and too deep nesting refuse their row, and no other."""
+    bad = f'{{"messages": [{{"role": "user", "content": "q"}}, {{"role": "assistant", {row}}}'
+    good = '{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}'
+    name = "in.json" if shape.startswith("[") else "in.jsonl"
+    assert convert(tmp_path, shape % (bad, good), "max_reject_fraction=0.5", name=name) == 0
+    assert len(written(tmp_path)) == 1 and [place for place, _ in refused(tmp_path)] == [0]
+
+
+def test_a_value_that_does_not_fit_refuses_its_row_alone(tmp_path: Path) -> None:
+    """A seed of 70 bits in one row leaves the other to be written, to all outputs."""
+    rows = [chat(1) | {"verl_sft": {"seed": 2**70}}, chat(2)]
+    content = "\n".join(map(json.dumps, rows))
+    for words in (["select.where=turns > 0"], [f"out={tmp_path / 'set'}"]):
+        assert convert(tmp_path, content, *words, "max_reject_fraction=0.5") == 0
+    (bad,) = (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()
+    assert json.loads(bad)["code"] == "NOT_STORABLE" and json.loads(bad)["row"] == 0
+
+
+@pytest.mark.parametrize("content", ["", "[]", "\n\n"])
+def test_nothing_to_write_replaces_nothing(tmp_path: Path, content: str) -> None:
+    """An input without rows ends with code 3, and the files of before stay."""
+    (tmp_path / "out.jsonl").write_text("before")
+    assert convert(tmp_path, content, name="in.json") == 3
+    assert (tmp_path / "out.jsonl").read_text() == "before"
+
+
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    """out= equal to in= is a wrong use, by any spelling of the path."""
+    path = tmp_path / "out.jsonl"
+    path.write_text(LINES)
+    (tmp_path / "x").mkdir()
+    os.symlink(path, tmp_path / "link.jsonl")
+    for name in (path, tmp_path / "link.jsonl", tmp_path / "x" / ".." / "out.jsonl"):
+        assert main(["convert", f"in={name}", f"out={path}"]) == 2
+    assert path.read_text() == LINES
+
+
+def test_paths_that_name_no_file(tmp_path: Path) -> None:
+    """Devices, numbers, null and objects are refused, with the code of what they are."""
+    for word, code in (("/dev/null", 3), ("5", 2), ("[null]", 2), ("[{path: x}]", 2), ("''", 2)):
+        assert main(["convert", f"in={word}", f"out={tmp_path / 'out'}"]) == code, word
+
+
+def test_a_list_of_directories_gives_their_held_out_rows_too(tmp_path: Path) -> None:
+    """in=[DIR] is in=DIR."""
+    assert convert(tmp_path, LINES, f"out={tmp_path / 'set_v1.5'}") == 0
+    for number, word in enumerate((tmp_path / "set_v1.5", f"[{tmp_path / 'set_v1.5'}]")):
+        assert main(["convert", f"in={word}", f"out={tmp_path / f'{number}.jsonl'}"]) == 0
+    assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
+    assert len((tmp_path / "1.jsonl").read_text().splitlines()) == 5
+
+
+def test_equal_ids_of_different_content_stay(tmp_path: Path) -> None:
+    """What is repeated is said by content, not by an id that rows share."""
+    rows = [chat(i) | {"verl_sft": {"record_id": "same"}} for i in (1, 2, 2)]
+    assert convert(tmp_path, "\n".join(map(json.dumps, rows))) == 0
+    assert len(written(tmp_path)) == 2
