@@ -76,7 +76,11 @@ def ablation() -> dict[str, dict[str, Any]]:
     """Ours with one lever off; the last two are settings of their own."""
     bf16 = ["engine.dtype=bf16"]
     levers: dict[str, tuple[list[str], list[str]]] = {
-        "head on all rows, not the learned ones": (bf16, ["all rows"]),
+        "head on all rows, not the learned ones": (
+            [*bf16, "model.learned_rows_only=false"],
+            ["all rows"],
+        ),
+        "last layer on all rows": ([*bf16, "model.learned_rows_only=false"], []),
         "logits in one chunk": (bf16, ["one chunk"]),
         "block mask, not attention by document": ([*bf16, "model.attn_implementation=sdpa"], []),
         "padded, not packed": ([*bf16, "use_remove_padding=false"], []),
