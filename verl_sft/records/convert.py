@@ -12,15 +12,17 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from verl_sft.errors import InputError, UsageError
 from verl_sft.records.build import opening_hash, record_id, turn_records
+from verl_sft.records.files import JSON_COLUMNS
 from verl_sft.records.io import csv_writer, parquet_writer
 from verl_sft.records.parse import Reject
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.split import split_groups
-from verl_sft.records.values import BadRowError
+from verl_sft.records.values import BadRowError, without_nulls
 from verl_sft.safe_io import dump_json, make_output_dir, publishing
 from verl_sft.types import JSON
 
@@ -228,7 +230,7 @@ def _row_writer(path: Path) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def _parquet_rows(path: Path) -> Iterator[Callable[[str], None]]:
-    """Rows of any shape: every column is text, whatever is not text in JSON."""
+    """Rows of any shape: what Arrow does not hold as it is becomes a column of JSON text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,14 +241,26 @@ def _parquet_rows(path: Path) -> Iterator[Callable[[str], None]]:
             rows.append(json.loads(row))
 
         yield put
-        columns = list(dict.fromkeys(name for row in rows for name in row))
-        cells = {
-            name: [None if row.get(name) is None else _cell(row[name]) for row in rows]
-            for name in columns
-        }
-        arrays = [pa.array(cells[name], type=pa.string()) for name in columns]
-        pq.write_table(pa.Table.from_arrays(arrays, names=columns), temporary, compression="zstd")
+        arrays, as_text = {}, []
+        for name in dict.fromkeys(name for row in rows for name in row):
+            values = [row.get(name) for row in rows]
+            arrays[name] = _arrow(values)
+            if arrays[name] is None:
+                texts = [None if v is None else dump_json(v) for v in values]
+                arrays[name] = pa.array(texts, type=pa.string())
+                as_text.append(name)
+        table = pa.table(arrays).replace_schema_metadata({JSON_COLUMNS: dump_json(as_text)})
+        pq.write_table(table, temporary, compression="zstd")
 
 
-def _cell(value: object) -> str:
-    return value if isinstance(value, str) else dump_json(value)
+def _arrow(values: list[Any]) -> Any:
+    """The values as an Arrow array that gives exactly these back, or None."""
+    import pyarrow as pa
+
+    try:
+        array = pa.array(values)
+    except (pa.ArrowException, ValueError, TypeError, OverflowError):
+        return None
+    # Structs without fields cannot be written; other rows' keys would come back as nulls.
+    exact = "struct<>" not in str(array.type) and array.to_pylist() == without_nulls(values)
+    return array if exact and without_nulls(values) == values else None

@@ -9,7 +9,7 @@ import csv
 import gzip
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +24,7 @@ from verl_sft.types import JSON
 
 Row = JSON | BadRowError
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
+JSON_COLUMNS = b"verl_sft_json"  # in a parquet file's metadata: names of columns of JSON text
 _READ_ROWS = 256
 _LINES_LOOKED_AT = 20  # to see whether a .json file has one object per line
 _MOST_LINE_BYTES = 128 << 20  # of one row: more is a broken file or an attack
@@ -65,7 +66,19 @@ def _open_parquet(path: Path) -> RowFile:
     # `messages` of our own files only repeats `messages_json`.
     if names >= OWN_COLUMNS:
         return RowFile(names, _parquet_rows(path, parquet, sorted(names & set(CSV_COLUMNS))))
-    return RowFile(names, map(without_nulls, _parquet_rows(path, parquet, None)))
+    rows: Iterator[Row] = map(without_nulls, _parquet_rows(path, parquet, None))
+    marked = (parquet.schema_arrow.metadata or {}).get(JSON_COLUMNS)
+    return RowFile(names, _with_json(rows, load_json(marked.decode())) if marked else rows)
+
+
+def _with_json(rows: Iterator[Row], columns: Sequence[str]) -> Iterator[Row]:
+    """Rows of a converted file, whose columns of any shape are JSON text."""
+    for row in rows:
+        assert isinstance(row, dict)
+        try:
+            yield row | {c: load_json(row[c]) for c in columns if c in row}
+        except ValueError as error:
+            yield BadRowError("", "BAD_JSON", f"not JSON: {error}")
 
 
 def _open_csv(path: Path) -> RowFile:
