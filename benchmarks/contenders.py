@@ -88,7 +88,7 @@ def ours(job: dict[str, Any], pace: Pace) -> None:
         "data.train_files=unused",
         f"data.train_batch_size={job['batch']}",
         f"data.max_length={job['longest']}",
-        f"data.max_token_len_per_gpu={job['longest']}",
+        f"data.max_token_len_per_gpu={job.get('budget', job['longest'])}",
         f"optim.lr={LR}",
         "optim.lr_scheduler=constant",
         "optim.lr_warmup_steps=0",

@@ -27,6 +27,7 @@ SIZES = {  # shape, samples per step, steps (the first is dropped), longest samp
     "default": ("cpu", 8, 4, 1536),
     "small": ("toy", 4, 3, 512),
 }
+BUDGET = 9216  # tokens of one micro-batch of ours: a whole step fits
 HF, TRL = "transformers Trainer, ", "TRL, "
 
 
@@ -63,7 +64,8 @@ def contenders(batch: int) -> dict[str, dict[str, Any]]:
         "padded, grouped by length": {"micro": half, "accumulate": 2, "sort": True},
         "flattened": {"micro": half, "accumulate": 2, "flatten": True},
     }
-    found: dict[str, dict[str, Any]] = {"ours": {"kind": "ours", "words": ["engine.dtype=bf16"]}}
+    ours = {"kind": "ours", "words": ["engine.dtype=bf16"], "budget": BUDGET}
+    found: dict[str, dict[str, Any]] = {"ours": ours}
     for name, options in peers.items():
         found[HF + name] = {"kind": "hf", "bf16": True, "flatten": False, **options}
     # As many rows of max_length as hold about one step's tokens.
@@ -91,7 +93,7 @@ def ablation() -> dict[str, dict[str, Any]]:
         "LoRA 16": ([*bf16, "model.lora_rank=16"], []),
     }
     return {
-        name: {"kind": "ours", "words": words, "changes": changes}
+        name: {"kind": "ours", "words": words, "changes": changes, "budget": BUDGET}
         for name, (words, changes) in levers.items()
     }
 
