@@ -104,6 +104,18 @@ def test_the_key_follows_everything_that_changes_tokens(tmp_path: Path) -> None:
     assert load(tmp_path, step_rows(3)).path != base
 
 
+def test_the_key_follows_the_code_of_a_reader(tmp_path: Path) -> None:
+    """A user's own format function that was edited is run again."""
+    reader = tmp_path / "mine.py"
+    found = []
+    for answer in ("yes", "no"):
+        turns = f"[dict(role='user', content='q'), dict(role='assistant', content='{answer}')]"
+        reader.write_text(f"def read(row):\n    return dict(messages={turns})\n")
+        store = load(tmp_path, step_rows(1), format=f"{reader}:read")
+        found.append(list(store[0].input_ids))
+    assert found[0] != found[1]
+
+
 def test_a_stale_cache_is_refused_with_a_diff(tmp_path: Path) -> None:
     """Changed options or data: said with old and new values; `require` refuses to build."""
     load(tmp_path, step_rows(2))

@@ -182,3 +182,104 @@ def test_equal_ids_of_different_content_stay(tmp_path: Path) -> None:
     rows = [chat(i) | {"verl_sft": {"record_id": "same"}} for i in (1, 2, 2)]
     assert convert(tmp_path, "\n".join(map(json.dumps, rows))) == 0
     assert len(written(tmp_path)) == 2
+
+
+def train(*words: str) -> int:
+    return main(["train", "--dry-run", *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--batch_size abc", "--batch_size 0", "--save_steps 0.5", "--lora_r x",
+        "--gradient_accumulation_steps", "training.batch_size=abc", "--save_strategy epochs",
+        "data.train_files=a,b",
+    ],
+)  # fmt: skip
+def test_wrong_words_are_named(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Flags that are no numbers, and lists without brackets: code 2 and the key."""
+    assert train(*words.split()) == 2
+    key = words.split()[0].partition("=")[0].split(".")[-1].strip("-").replace("per_device_", "")
+    assert key in capsys.readouterr().err
+
+
+LISTED = {"d": {"file_name": "d.json", "formatting": "sharegpt"}}
+
+
+def factory(tmp_path: Path, text: str, listed: Any = LISTED) -> int:
+    (tmp_path / "dataset_info.json").write_text(json.dumps(listed), encoding="utf-8-sig")
+    path = tmp_path / "run.yaml"
+    base = f"model_name_or_path: m\ndataset: d\ndataset_dir: {tmp_path}\noutput_dir: o\n"
+    path.write_text(base + "finetuning_type: full\n" + text)
+    return train("--llamafactory", str(path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "num_train_epochs: two", "per_device_train_batch_size: abc", "max_samples: many",
+        "quantization_bit: four", "save_steps: 0.1", "eval_strategy: sometimes", "lora_rank: x\n"
+        "finetuning_type: lora",
+    ],
+)  # fmt: skip
+def test_wrong_llamafactory_values(
+    tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A value that is no number, or would save at every step zero, is named."""
+    assert factory(tmp_path, text) == 2
+    assert text.partition(":")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("1: 2", "1: 2 has no counterpart"),
+        ("save_strategy: no", "save_freq: -1"),
+        ("warmup_steps: 0.1", "lr_warmup_steps_ratio: 0.1"),
+        ("max_samples: 1e3", "max_rows: 1000"),
+        ("deepspeed: {zero_optimization: {stage: 3}}", "ZeRO stage 3"),
+        ("resume_from_checkpoint: true", "resume_mode: auto"),
+    ],
+)
+def test_llamafactory_spellings(
+    tmp_path: Path, text: str, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What their files hold beside plain numbers means the same here."""
+    assert factory(tmp_path, text) == 0
+    said = capsys.readouterr()
+    assert line in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        [1], {"d": "d.json"}, {"d": {"file_name": "d.json", "ranking": True}},
+        {"d": {"hf_hub_url": "a/b", "subset": "zh"}}, {"d": {"hf_hub_url": "a/b", "split": "x"}},
+    ],
+)  # fmt: skip
+def test_data_sets_that_would_be_other_rows(tmp_path: Path, listed: Any) -> None:
+    """What chooses other rows of a data set, or another kind of training, is refused."""
+    assert factory(tmp_path, "", listed) == 2
+
+
+@pytest.mark.parametrize("code", ["def f(:", "1 / 0", "import nothing_like_that"])
+def test_a_reader_that_cannot_be_loaded(tmp_path: Path, code: str) -> None:
+    """A broken file of the user is a wrong use, whatever is wrong in it."""
+    (tmp_path / "mine.py").write_text(code)
+    assert convert(tmp_path, LINES, f"from={tmp_path / 'mine.py'}:f") == 2
+
+
+def test_a_condition_that_fails_on_a_row(tmp_path: Path) -> None:
+    """SQL that is fine on most rows and fails on one is a wrong use."""
+    where = "select.where=CASE WHEN turns = 0 THEN 1 ELSE json(record_id) END"
+    assert convert(tmp_path, LINES, where) == 2
+
+
+def test_per_turn_counts_what_has_no_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A record without an answer is counted, not lost."""
+    prompt = {"prompt": [{"role": "user", "content": "q"}], "data_source": "d"}
+    rows = "\n".join(map(json.dumps, [prompt, prompt | {"data_source": "e"}]))
+    assert convert(tmp_path, rows, "view=per_turn") == 3
+    assert "nothing_learned 2" in capsys.readouterr().out

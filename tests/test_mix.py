@@ -95,6 +95,13 @@ def test_history_can_be_masked_for_every_format(tmp_path: Path) -> None:
         ({"path": "a.json", "fraction": 1.5}, "fraction=1.5: out of range"),
         ({"path": "a.json", "repeat": 0}, "repeat=0: out of range"),
         ({"path": "a.json", "weight": -1}, "weight=-1: out of range"),
+        ({"path": "a.json", "fraction": "half"}, "fraction='half': must be a number"),
+        ({"path": "a.json", "repeat": 1.5}, "repeat=1.5: must be a whole number"),
+        ({"path": "a.json", "mask_history": "false"}, "must be true or false"),
+        ({"path": "a.json", "columns": "x"}, "columns='x': not an object of names"),
+        ({"path": {"path": "a.json"}}, "names no file"),
+        (5, "5 names no file"),
+        ([None], "None names no file"),
     ],
 )
 def test_wrong_sources_are_named(

@@ -61,7 +61,8 @@ def main(words: Sequence[str]) -> int:
             f"{wrong} of {report.total} rows were refused",
             where=str(refusals),
             why=f"More than max_reject_fraction={config.max_reject_fraction}",
-            fix="The file says for each row what to change; the others were written",
+            fix="The file says for each row what to change; "
+            + ("the others were written" if nothing is None else "nothing was written"),
         )
     if nothing is not None:
         raise nothing

@@ -126,11 +126,11 @@ def read_llamafactory(path: Path, *, world_size: int) -> Translation:
         )
     done = Translation()
     known = {**_DEFAULTS, **asked}
-    for step in (_data, _batches, _model, _schedule, _engine, _saving):
-        step(known, done, path, world_size)
     for theirs, ours in _SAME.items():
         if known.get(theirs) is not None:
             done.values[ours] = known[theirs]
+    for step in (_data, _batches, _model, _schedule, _engine, _saving):
+        step(known, done, path, world_size)
     done.notes += [
         f"{key} has no effect: {_NO_COUNTERPART[key]}" for key in asked if key in _NO_COUNTERPART
     ]

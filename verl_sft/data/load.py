@@ -245,6 +245,7 @@ def _cache_key(
     tokenizer["backend_json"] = hashlib.sha256(spec.backend_json.encode()).hexdigest()
     return {
         "code": _code_version(),
+        "readers": _own_readers(sources, config),
         "tokenizer": tokenizer,
         "read": asdict(read_options(config)),
         "render": asdict(RenderOptions.from_config(config)),
@@ -267,3 +268,10 @@ def _code_version() -> str:
         for source in sorted((package / folder).rglob("*.py")):
             digest.update(source.name.encode() + b"\0" + source.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _own_readers(sources: Sequence[Source], config: DataConfig) -> JSON:
+    """The hash of each `file.py` that a format is read by: its code decides tokens too."""
+    names = {config.format, *(source.format for source in sources)}
+    files = {Path(name.rpartition(":")[0]) for name in names if ".py:" in name}
+    return {str(file): file_sha256(file) for file in sorted(files) if file.is_file()}
