@@ -257,6 +257,11 @@ def test_what_cannot_run_is_refused(
         (("model.lora_adapter_path=ADAPTER",), "takes 32 numbers, the model gives 64"),
         (("model.lora_adapter_path=nowhere",), "no adapter_config.json there"),
         (("world_size=6", "ulysses_sequence_parallel_size=3"), "model's 4 attention heads"),
+        (
+            ("world_size=2", "ulysses_sequence_parallel_size=2", "model.attn_implementation=sdpa"),
+            "sdpa does not work with sequence parallelism",
+        ),
+        (("world_size=2", "optim.optimizer=adafactor"), "does not work with sharded parameters"),
     ],
 )
 def test_mistakes_are_told_before_the_data_is_read(

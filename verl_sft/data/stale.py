@@ -37,7 +37,8 @@ def stale_cache(directory: Path, *, paths: list[str], key: JSON) -> StaleCache |
 
 def key_changes(old: JSON, new: JSON) -> list[str]:
     """One `name: old -> new` for each thing that differs; long texts only by name."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    # One of them was read from JSON, which makes lists of tuples.
+    before, after = (dict(_flat(json.loads(json.dumps(key, default=str)))) for key in (old, new))
     names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
     return [_change(name, before.get(name), after.get(name)) for name in names]
 

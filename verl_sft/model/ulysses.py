@@ -38,6 +38,20 @@ def check_heads(model_config: Any, *, parts: int) -> None:
         )
 
 
+def check_kernel(inner: str) -> None:
+    """Raise if an attention function needs a mask, which only the whole sequence has.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if inner in ("sdpa", "eager"):
+        raise UsageError(
+            f"model.attn_implementation={inner} does not work with sequence parallelism",
+            why="It needs a mask over the whole sequence",
+            fix="Use auto",
+        )
+
+
 def register_ulysses(inner: str, *, group: dist.ProcessGroup) -> str:
     """Put the exchange around an attention function that sees documents by `cu_seqlens`.
 
@@ -53,11 +67,7 @@ def register_ulysses(inner: str, *, group: dist.ProcessGroup) -> str:
     """
     from transformers import AttentionInterface
 
-    if inner in ("sdpa", "eager"):
-        raise UsageError(
-            f"model.attn_implementation={inner} does not work with sequence parallelism",
-            fix="Use auto",
-        )
+    check_kernel(inner)
     AttentionInterface.register(ULYSSES, ulysses(AttentionInterface()[inner], group=group))
     return ULYSSES
 

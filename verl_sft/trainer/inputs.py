@@ -21,6 +21,7 @@ from verl_sft.distributed.setup import World, check_layout
 from verl_sft.errors import UsageError
 from verl_sft.export.upload import check_target
 from verl_sft.model.build import model_fingerprint
+from verl_sft.model.ulysses import check_kernel
 from verl_sft.records.mix import Source, mix_lines, resolve_sources
 from verl_sft.records.mongo import mongo_sources
 from verl_sft.safe_io import content_hash, file_sha256, write_json
@@ -28,6 +29,7 @@ from verl_sft.trainer.best import check_best
 from verl_sft.trainer.early_checks import check_before_data
 from verl_sft.trainer.env_eval import check_env_eval
 from verl_sft.trainer.lever_checks import check_levers, idle_levers
+from verl_sft.trainer.optimizers import check_shards
 from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.sft_trainer import RunPlan
 from verl_sft.trainer.sharing import check_sharing, missed_sharing, shared_tokens, shuffle_units
@@ -73,12 +75,10 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
         sp_size=config.ulysses_sequence_parallel_size,
         fsdp_size=config.engine.fsdp_size,
     )
-    if config.model.neftune_noise_alpha and config.ulysses_sequence_parallel_size > 1:
-        raise UsageError(
-            "model.neftune_noise_alpha does not work with ulysses_sequence_parallel_size > 1",
-            why="The size of the noise depends on whole documents, and ranks have slices of them",
-            fix="Leave one of them at its default",
-        )
+    if config.ulysses_sequence_parallel_size > 1:
+        check_kernel(config.model.attn_implementation)
+    shards = world_size if config.engine.fsdp_size == -1 else config.engine.fsdp_size
+    check_shards(config.optim.optimizer, shard_size=min(shards, world_size))
     check_sharing(config)
     check_env_eval(config.trainer)
     budget, longest = config.data.token_budget, config.data.max_length

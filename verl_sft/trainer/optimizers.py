@@ -55,13 +55,7 @@ def build_optimizer(
     """
     cls = optimizer_class(config.optimizer, config.optimizer_impl)
     library, name = config.optimizer_impl, cls.__name__
-    if name in _NEEDS_MATRICES and shard_size > 1:
-        raise UsageError(
-            f"optim.optimizer={name} does not work with sharded parameters",
-            why="Its state is made of the rows and columns of whole matrices",
-            fix="Use one rank, or optim.optimizer=AdamW with "
-            "optim.optimizer_impl=bitsandbytes.optim",
-        )
+    check_shards(name, shard_size=shard_size)
     arguments = optimizer_arguments(cls, config=config)
     if cls is getattr(torch.optim, "Muon", None):
         return _muon(groups, arguments=arguments, config=config, heads=heads)
@@ -69,6 +63,21 @@ def build_optimizer(
     if library == "bitsandbytes.optim" or (library == "torch.optim" and name in _PLAIN_ONLY):
         return _on_own_rows(groups, make)
     return _called(make, groups, name=name)
+
+
+def check_shards(name: str, *, shard_size: int) -> None:
+    """Raise if the optimizer needs whole matrices, and parameters are spread over ranks.
+
+    Raises:
+        UsageError: naming it.
+    """
+    if shard_size > 1 and name.lower() in {known.lower() for known in _NEEDS_MATRICES}:
+        raise UsageError(
+            f"optim.optimizer={name} does not work with sharded parameters",
+            why="Its state is made of the rows and columns of whole matrices",
+            fix="Use one rank, engine.fsdp_size=1, or optim.optimizer=AdamW with "
+            "optim.optimizer_impl=bitsandbytes.optim",
+        )
 
 
 def optimizer_class(name: str, library: str) -> Any:
