@@ -56,7 +56,6 @@ setup(
         "tensorboard>=2.16",
         "matplotlib>=3.8",
         "rich>=13",
-        "ijson>=3.2",
         "fsspec>=2024.2",
     ],
     extras_require=EXTRAS,

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # Not on the machine that the recipe is for: the trainer's other dependencies, and the peers.
 ABSENT = (
-    "tensordict", "hydra", "omegaconf", "datasets", "trl", "textworld", "alfworld", "ijson",
+    "tensordict", "hydra", "omegaconf", "datasets", "trl", "textworld", "alfworld",
     "pandas", "pyarrow", "rich", "tensorboard", "matplotlib", "flash_attn",
 )  # fmt: skip
 SCRIPT = """
