@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from verl_sft.config.collect import CollectConfig, EvaluateConfig, MakeGamesConfig
+from verl_sft.config.export import ExportConfig
 from verl_sft.config.load import config_keys, load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.errors import UsageError
@@ -115,6 +116,11 @@ def test_one_word_is_a_list_of_one() -> None:
         (TrainConfig, "optim.betas=[2,3]", "two numbers"),
         (TrainConfig, "trainer.save_freq=often", "after_each_epoch"),
         (TrainConfig, "trainer.test_freq=1.5", "after_each_epoch"),
+        (TrainConfig, "trainer.save_freq=true", "after_each_epoch"),
+        (TrainConfig, "trainer.save_freq=-2", "after_each_epoch"),
+        (TrainConfig, "data.mask.content=-1", "at least 0"),
+        (TrainConfig, "trainer.max_shard_size=5", "such as 5GB"),
+        (ExportConfig, "max_shard_size=big", "such as 5GB"),
         (TrainConfig, "trainer.total_training_steps=0", "at least 1"),
         (TrainConfig, "trainer.max_ckpt_to_keep=0", "at least 1"),
         (CollectConfig, "rollout.num_episodes=99999999999", "between 1 and"),

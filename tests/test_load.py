@@ -122,6 +122,7 @@ def test_a_stale_cache_is_refused_with_a_diff(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the token cache is stale") as stale:
         load(tmp_path, step_rows(2), token_cache="require", max_length=2048)
     assert "render.max_length: 4096 -> 2048" in str(stale.value)
+    assert "read." not in str(stale.value)  # what is the same is not told
     with pytest.raises(InputError, match=r"contents of train\.parquet: ") as stale:
         load(tmp_path, step_rows(3), token_cache="require")
     assert "max_length" not in str(stale.value)

@@ -149,6 +149,8 @@ def test_muon_takes_only_inner_matrices() -> None:
         (["optim.optimizer_impl=os", "optim.optimizer=system"], "Only these are imported"),
         (["optim.override_optimizer_config.amsgrd=true"], "amsgrad"),
         (["optim.override_optimizer_config={params: 1}"], "no such argument"),
+        (["optim.override_optimizer_config={lr: 0.5}"], "Use optim.lr=0.5"),
+        (["optim.override_optimizer_config={weight_decay: 0}"], "Use optim.weight_decay=0"),
         (["optim.override_optimizer_config={fused: false, foreach: true, maximize: true}"], None),
     ],
 )

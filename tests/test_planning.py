@@ -261,6 +261,18 @@ def test_what_cannot_run_is_refused(
             ("world_size=2", "ulysses_sequence_parallel_size=2", "model.attn_implementation=sdpa"),
             "sdpa does not work with sequence parallelism",
         ),
+        (
+            ("engine.meta_start=true", "model.lora_rank=4", "model.use_dora=true"),
+            "model.use_dora starts from the weights",
+        ),
+        (
+            ("trainer.resume_mode=resume_path", "trainer.resume_from_path=runs/global_step_4"),
+            "no such checkpoint",
+        ),
+        (
+            ("trainer.env_eval_freq=1", "trainer.env_eval_data_dir=no_games"),
+            "env_eval_data_dir=no_games: no such folder",
+        ),
         (("world_size=2", "optim.optimizer=adafactor"), "does not work with sharded parameters"),
     ],
 )

@@ -353,6 +353,7 @@ def test_a_metric_that_will_never_be_there() -> None:
         (stop, False),
         (replace(stop, best_metric="val/b/loss"), True),
         (replace(stop, best_metric="env/success_rate"), True),
+        (TrainerConfig(best_metric="val/b/loss"), True),
     ):
         with pytest.raises(UsageError):
             check_best(config, val_sets=["a"], validates=validates)

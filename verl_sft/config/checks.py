@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,12 @@ def real(key: str, value: Any) -> float:
 def fraction(key: str, value: float) -> None:
     """Raise unless `0 <= value <= 1`."""
     between(key, value, 0, 1)
+
+
+def file_size(key: str, value: str) -> None:
+    """Raise unless `value` is a size such as 5GB or 500MB."""
+    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", str(value).strip(), re.IGNORECASE):
+        raise UsageError(f"{key}={value}: no size of a file", fix="Use one such as 5GB or 500MB")
 
 
 def template_text(given: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from verl_sft.config.checks import file_size
+
 
 @dataclass
 class ExportConfig:
@@ -15,3 +17,6 @@ class ExportConfig:
     max_shard_size: str = "5GB"  # of one safetensors file; more get an index
     model: str | None = None  # the base model, if it lies elsewhere now
     upload: str | None = None  # file://, s3://, ... through fsspec, or hf://user/repo
+
+    def __post_init__(self) -> None:
+        file_size("max_shard_size", self.max_shard_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.config.checks import at_least, file_size, fraction, one_of
 from verl_sft.config.sources import AgentRLConfig, MongoConfig, RawConfig
 from verl_sft.errors import UsageError
 
@@ -27,6 +27,10 @@ class MaskConfig:
     reasoning: float = 1.0
     tool_call: float = 1.0
     content: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, weight in vars(self).items():
+            at_least(f"data.mask.{name}", weight, 0)
 
 
 @dataclass
@@ -243,6 +247,7 @@ class TrainerConfig:
         one_of("trainer.device", self.device, ("auto", "cuda", "cpu"))
         at_least("trainer.total_epochs", self.total_epochs, 1)
         at_least("trainer.seed", self.seed, 0)
+        file_size("trainer.max_shard_size", self.max_shard_size)
         if self.total_training_steps is not None:
             at_least("trainer.total_training_steps", self.total_training_steps, 1)
         if self.max_ckpt_to_keep is not None:
@@ -256,7 +261,9 @@ class TrainerConfig:
         at_least("trainer.env_eval_timeout", self.env_eval_timeout, 1)
         for key in ("save_freq", "test_freq", "env_eval_freq"):
             value = getattr(self, key)
-            if value not in (None, "after_each_epoch") and not isinstance(value, int):
+            if value in (None, "after_each_epoch"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < -1:
                 raise UsageError(
                     f"trainer.{key}={value}: must be a number of steps, after_each_epoch or -1"
                 )

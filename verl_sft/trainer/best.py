@@ -72,7 +72,7 @@ def check_best(config: TrainerConfig, *, val_sets: Sequence[str], validates: boo
     """
     wanted = config.save_best or config.export_best or config.early_stop_patience is not None
     metric = config.best_metric
-    if not wanted:
+    if not wanted and metric == TrainerConfig.best_metric:
         return
     if metric.startswith("env/"):
         if config.env_eval_freq in (None, -1):

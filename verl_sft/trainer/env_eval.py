@@ -27,7 +27,7 @@ from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig, TrainerConfig
 from verl_sft.distributed.reduce import from_main
 from verl_sft.distributed.setup import World
-from verl_sft.errors import PeerLostError, StorageError
+from verl_sft.errors import PeerLostError, StorageError, UsageError
 from verl_sft.export.hf import export_hf
 from verl_sft.safe_io import make_output_dir
 from verl_sft.trainer.status import STATUS_ENV
@@ -54,6 +54,13 @@ def check_env_eval(config: TrainerConfig) -> None:
         UsageError: naming the key.
     """
     if config.env_eval_freq not in (None, -1):
+        folder = config.env_eval_data_dir
+        if folder is not None and not Path(folder).expanduser().is_dir():
+            raise UsageError(
+                "no such folder",
+                where=f"trainer.env_eval_data_dir={folder}",
+                fix="Make games with: verl-sft make-games out=DIR",
+            )
         load_config(EvaluateConfig, _words(config, model=Path("model"), report=Path("report.json")))
 
 

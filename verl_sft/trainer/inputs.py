@@ -31,6 +31,7 @@ from verl_sft.trainer.env_eval import check_env_eval
 from verl_sft.trainer.lever_checks import check_levers, idle_levers
 from verl_sft.trainer.optimizers import check_shards
 from verl_sft.trainer.planning import planning_cost
+from verl_sft.trainer.resume import named_checkpoint
 from verl_sft.trainer.sft_trainer import RunPlan
 from verl_sft.trainer.sharing import check_sharing, missed_sharing, shared_tokens, shuffle_units
 from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
@@ -90,11 +91,8 @@ def check_options(config: TrainConfig, *, world_size: int) -> None:
         )
     if config.trainer.upload_uri:
         check_target(config.trainer.upload_uri)
-    if config.trainer.resume_mode == "resume_path" and not config.trainer.resume_from_path:
-        raise UsageError(
-            "trainer.resume_mode=resume_path needs trainer.resume_from_path",
-            fix="Give the path of a global_step_N folder",
-        )
+    if config.trainer.resume_mode == "resume_path":
+        named_checkpoint(config)
 
 
 def ignored_options(config: TrainConfig, *, on_gpu: bool) -> list[str]:

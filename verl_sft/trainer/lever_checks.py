@@ -14,7 +14,7 @@ from verl_sft.distributed.reduce import from_main, together
 from verl_sft.distributed.setup import World
 from verl_sft.errors import MissingExtraError, UsageError
 from verl_sft.model.kernels import find_compiler
-from verl_sft.model.lora import wants_lora
+from verl_sft.model.lora import needs_weights, wants_lora
 from verl_sft.model.matmul import LEVELS, choose_level
 from verl_sft.model.quantize import quantization_config
 from verl_sft.safe_io import write_json
@@ -38,6 +38,11 @@ def check_levers(config: TrainConfig) -> None:
             "model.neftune_noise_alpha does not work with ulysses_sequence_parallel_size",
             why="A rank that holds a slice of a document does not know the document's length",
             fix="Use one of the two",
+        )
+    why = needs_weights(model)
+    if engine.meta_start == "true" and why:
+        raise UsageError(
+            "engine.meta_start=true is not possible here", why=why, fix="Use engine.meta_start=auto"
         )
     if not engine.use_torch_compile:
         return

@@ -31,6 +31,7 @@ IMPLEMENTATIONS = {
 _UNFIT = {"LBFGS", "SparseAdam"}  # they need a closure, sparse gradients
 _NEEDS_MATRICES = {"Adafactor"}  # its state is of whole rows and columns, not of one rank's rows
 _PLAIN_ONLY = {"Adafactor", "Rprop"}  # of torch.optim: they fail on sharded tensors
+_OF_GROUPS = {"lr", "weight_decay"}  # each group of parameters has its own
 _OTHER_EPS = {"Adafactor", "Muon"}  # it means something else there
 _FUSED = {"Adam", "AdamW"}  # sharded ones too
 
@@ -136,6 +137,12 @@ def optimizer_arguments(cls: Any, *, config: OptimConfig) -> dict[str, Any]:
         own["fused"] = True
     found = {key: value for key, value in own.items() if key in known}
     for key, value in (config.override_optimizer_config or {}).items():
+        if key in _OF_GROUPS:
+            raise UsageError(
+                f"optim.override_optimizer_config.{key} would have no effect",
+                why=f"The schedule and the groups of parameters take optim.{key}",
+                fix=f"Use optim.{key}={value}",
+            )
         if key == "params" or (key not in known and not free):
             fix = unknown_name("argument", key, set(known) - {"params"}).fix
             raise UsageError(

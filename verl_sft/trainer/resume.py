@@ -26,14 +26,7 @@ def find_start(
     """
     mode = config.trainer.resume_mode
     if mode == "resume_path":
-        path = Path(str(config.trainer.resume_from_path)).expanduser()
-        if not path.is_dir():
-            near = sorted(str(p) for _, p in checkpoint.list_checkpoints(path.parent))
-            raise UsageError(
-                "no such checkpoint",
-                where=f"trainer.resume_from_path={path}",
-                fix=f"There are: {', '.join(near)}" if near else "Give a global_step_N folder",
-            )
+        path = named_checkpoint(config)
         found: tuple[Path, dict[str, Any]] | None = (path, checkpoint.verify(path))
     elif mode == "disable":
         if checkpoint.list_checkpoints(directory):
@@ -49,6 +42,29 @@ def find_start(
     if found is not None:
         _check_same(found[1]["fingerprint"], marks=marks, where=found[0], store=store)
     return found
+
+
+def named_checkpoint(config: TrainConfig) -> Path:
+    """The folder that `trainer.resume_from_path` names.
+
+    Raises:
+        UsageError: there is none.
+    """
+    given = config.trainer.resume_from_path
+    if not given:
+        raise UsageError(
+            "trainer.resume_mode=resume_path needs trainer.resume_from_path",
+            fix="Give the path of a global_step_N folder",
+        )
+    path = Path(given).expanduser()
+    if not path.is_dir():
+        near = sorted(str(p) for _, p in checkpoint.list_checkpoints(path.parent))
+        raise UsageError(
+            "no such checkpoint",
+            where=f"trainer.resume_from_path={path}",
+            fix=f"There are: {', '.join(near)}" if near else "Give a global_step_N folder",
+        )
+    return path
 
 
 def remember_data(directory: Path, *, store: Any) -> None:
