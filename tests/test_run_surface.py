@@ -420,6 +420,17 @@ def test_patience_survives_a_kill(model: Path, tmp_path: Path) -> None:
     assert best_run(model, tmp_path / "cut", **given) == whole
 
 
+def test_a_copied_run_with_folders_for_links_is_told_at_once(model: Path, tmp_path: Path) -> None:
+    """A copy that followed the links is refused before the first step, with what to remove."""
+    (tmp_path / "run" / "last").mkdir(parents=True)
+    (report,) = run_ranks(toy_config(model, tmp_path / "run"))
+    assert report["code"] == StorageError.exit_code
+    assert "last: a folder stands where" in report["error"]
+    (tmp_path / "run" / "last").rmdir()
+    (report,) = run_ranks(toy_config(model, tmp_path / "run"))
+    assert report["code"] == 0, report
+
+
 def test_links_are_replaced_at_once(tmp_path: Path) -> None:
     """A link moves from one target to the next; what is no link is left alone and told."""
     for target in ("one", "two"):

@@ -41,7 +41,7 @@ class MongoConfig:
 
     uri: str | None = None  # mongodb://... or mongodb+srv://...; passwords are never shown
     database: str | None = None  # null: the one that the uri names
-    collection: str = "DBRecordData"
+    collection: str = "DBRecordData"  # of the rows
     filter: Any = None  # of documents, an object or its JSON text; see docs/data.md
     val_filter: Any = None  # of those to validate on; null: data.val_files alone says
     limit: int = -1  # documents at most, the first by _id; -1: all

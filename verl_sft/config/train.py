@@ -14,19 +14,19 @@ from verl_sft.errors import UsageError
 class MultiturnConfig:
     """Train whole conversations instead of prompt/response pairs."""
 
-    enable: bool = False
-    messages_key: str = "messages"
-    tools_key: str = "tools"
-    enable_thinking_key: str = "enable_thinking"
+    enable: bool = False  # false: prompt and response columns
+    messages_key: str = "messages"  # column of the conversation
+    tools_key: str = "tools"  # of the rows: their tool definitions
+    enable_thinking_key: str = "enable_thinking"  # of the rows: whether the template thinks
 
 
 @dataclass
 class MaskConfig:
     """Weight of each part of a learned assistant message."""
 
-    reasoning: float = 1.0
-    tool_call: float = 1.0
-    content: float = 1.0
+    reasoning: float = 1.0  # thoughts
+    tool_call: float = 1.0  # tool calls
+    content: float = 1.0  # the rest
 
     def __post_init__(self) -> None:
         for name, weight in vars(self).items():
@@ -42,14 +42,14 @@ class DataConfig:
     format: str = "auto"  # of the rows: a name (convert --help lists them) or file.py:function
     mask_history: bool | None = None  # learn last answers only; null: as the format has it
     train_batch_size: int = 256  # samples per optimizer step, over all ranks
-    micro_batch_size_per_gpu: int = 4
+    micro_batch_size_per_gpu: int = 4  # samples; packed, of max_length tokens each
     max_token_len_per_gpu: int | None = None  # default: micro_batch_size_per_gpu * max_length
     max_length: int = 1024  # tokens of one sample
     truncation: str = "error"  # error | left | right | drop | oldest_turns
-    prompt_key: str = "prompt_data"
-    response_key: str = "response_data"
+    prompt_key: str = "prompt_data"  # column of the prompt, if not multiturn
+    response_key: str = "response_data"  # column of what is learned
     prompt_dict_keys: list[str] | None = None  # path walked into a struct column
-    response_dict_keys: list[str] | None = None
+    response_dict_keys: list[str] | None = None  # the same for the response
     multiturn: MultiturnConfig = field(default_factory=MultiturnConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     agentrl: AgentRLConfig = field(default_factory=AgentRLConfig)
@@ -58,15 +58,15 @@ class DataConfig:
     prompt_weight: float = 0.0  # of the tokens outside assistant messages; 0: context only
     turn_view: str = "auto"  # auto | single_pass | per_turn | last | indices
     history_thinking: str = "template"  # template | keep | strip
-    train_on_eot_newline: bool = True
+    train_on_eot_newline: bool = True  # learn what the template prints behind a stop token
     special_tokens_in_content: str = "escape"  # escape | error | allow
-    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    apply_chat_template_kwargs: dict[str, Any] = field(default_factory=dict)  # for the template
     train_max_samples: int = -1  # -1: all
-    val_max_samples: int = -1
-    shuffle: bool = True
+    val_max_samples: int = -1  # -1: all
+    shuffle: bool = True  # a new order in each epoch
     shuffle_unit: str = "conversation"  # conversation | neighbours that share half their tokens
     prefix_sharing: str = "auto"  # auto | true | false: common prefixes in a row computed once
-    max_reject_fraction: float = 0.05
+    max_reject_fraction: float = 0.05  # of unusable rows; beyond it the run is refused
     num_workers: int | None = None  # tokenising processes; default: the number of cores
     cache_dir: str | None = None  # token cache; default <run directory>/token_cache
     token_cache: str = "build"  # build | require: a missing or stale one is refused with a diff
@@ -109,24 +109,24 @@ class ModelConfig:
     tokenizer_path: str | None = None  # default: that of the model
     custom_chat_template: str | None = None  # jinja text, or a file that holds it
     lora_rank: int = 0  # 0: full fine-tuning
-    lora_alpha: int = 16
-    lora_dropout: float = 0.0
-    target_modules: Any = "all-linear"
+    lora_alpha: int = 16  # adapters are scaled by alpha / rank
+    lora_dropout: float = 0.0  # on the inputs of adapters
+    target_modules: Any = "all-linear"  # names or a pattern that get an adapter
     exclude_modules: Any = None  # names or a pattern that get no adapter
     target_parameters: list[str] | None = None  # parameters that are no layer: merged experts
-    lora_adapter_path: str | None = None
+    lora_adapter_path: str | None = None  # start from this adapter in PEFT's format
     lora_init: str = "default"  # default | pissa | olora
     use_rslora: bool = False  # scale by alpha / sqrt(rank)
     use_dora: bool = False  # learn the magnitude of each row apart from its direction
     quantization: str = "none"  # of the frozen base beside adapters: none | nf4 | int8
     neftune_noise_alpha: float | None = None  # noise on the embeddings while training
-    enable_gradient_checkpointing: bool = False
+    enable_gradient_checkpointing: bool = False  # recompute layers in the backward pass
     checkpoint_policy: str = "full"  # what is recomputed then: full | selective
     enable_activation_offload: bool = False  # activations wait in host memory
     learned_rows_only: bool = True  # the last layer's MLP sees no row that is not learned
     attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2 | varlen
-    use_liger: bool = False
-    trust_remote_code: bool = False
+    use_liger: bool = False  # Triton kernels; GPU, extra liger
+    trust_remote_code: bool = False  # run code that lies in the model's folder
 
     def __post_init__(self) -> None:
         at_least("model.lora_rank", self.lora_rank, 0)
@@ -142,11 +142,11 @@ class ModelConfig:
 class EngineConfig:
     """How parameters are sharded and in which precision they compute."""
 
-    strategy: str = "fsdp2"
+    strategy: str = "fsdp2"  # fsdp is read as fsdp2
     model_dtype: str = "fp32"  # of parameters and optimizer states: fp32 | bf16
     dtype: str = "auto"  # of compute: auto (bf16 where the device has it) | bf16 | fp32
-    fsdp_size: int = -1
-    reshard_after_forward: bool = True
+    fsdp_size: int = -1  # ranks that hold one copy of the parameters; -1: all
+    reshard_after_forward: bool = True  # false: less communication, more memory
     offload: bool = False  # parameters and optimizer states in host memory
     use_torch_compile: bool = False  # compile the decoder layers
     fp32_matmul: str = "highest"  # auto | highest | high | medium: precision of fp32 products
@@ -177,16 +177,16 @@ class OptimConfig:
     override_optimizer_config: dict[str, Any] | None = field(default_factory=dict)  # more arguments
     fused: bool = True  # one kernel for the whole update, where the class has it
     loraplus_lr_ratio: float | None = None  # LoRA+: B matrices learn so many times as fast
-    lr: float = 1e-5
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-8
-    weight_decay: float = 0.01
+    lr: float = 1e-5  # the peak of the schedule
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])  # of Adam's kind
+    eps: float = 1e-8  # of Adam's kind
+    weight_decay: float = 0.01  # not of norms and biases
     decay_norms_and_biases: bool = False  # verl decays them; most others do not
-    clip_grad: float = 1.0
+    clip_grad: float = 1.0  # largest norm of the gradient; 0: never clipped
     lr_scheduler: str = "cosine"  # cosine | linear | constant | wsd
-    lr_warmup_steps_ratio: float = 0.1
+    lr_warmup_steps_ratio: float = 0.1  # of all steps
     lr_warmup_steps: int = -1  # -1: by ratio
-    min_lr_ratio: float = 0.0
+    min_lr_ratio: float = 0.0  # of the peak, at the end
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
@@ -207,12 +207,12 @@ class TrainerConfig:
     """How long, where to, how often."""
 
     default_local_dir: str = "checkpoints/${trainer.project_name}/${trainer.experiment_name}"
-    project_name: str = "verl_sft"
-    experiment_name: str = "default"
-    total_epochs: int = 4
-    total_training_steps: int | None = None
+    project_name: str = "verl_sft"  # for trackers and the default directory
+    experiment_name: str = "default"  # for trackers and the default directory
+    total_epochs: int = 4  # passes over the data
+    total_training_steps: int | None = None  # ends the run before its epochs do
     save_freq: Any = "after_each_epoch"  # steps | after_each_epoch | -1: only at the end
-    test_freq: Any = "after_each_epoch"
+    test_freq: Any = "after_each_epoch"  # as save_freq, and behind the last step
     logger: Any = field(default_factory=lambda: ["console", "file", "tensorboard"])
     log_freq: int | None = None  # steps per console line; default: all, or 500 lines of a long run
     loss_breakdown: bool = True  # loss by kind of token, by turn and by source
@@ -226,10 +226,10 @@ class TrainerConfig:
     env_eval_data_dir: str | None = None  # of the games; default: the environment's own
     env_eval: list[str] = field(default_factory=list)  # words for `verl-sft evaluate`
     env_eval_timeout: float = 1800.0  # seconds for one evaluation
-    seed: int = 1
+    seed: int = 1  # of order, dropout and new adapters
     resume_mode: str = "auto"  # auto | disable | resume_path
-    resume_from_path: str | None = None
-    max_ckpt_to_keep: int | None = None
+    resume_from_path: str | None = None  # a global_step_N folder, for resume_path
+    max_ckpt_to_keep: int | None = None  # null: all; the best one stays as well
     async_save: bool = False  # write checkpoints while the next steps run; needs memory for a copy
     nan_policy: str = "stop"  # stop | skip: a NaN or infinite step makes no update, on any rank
     max_skipped_steps: int = 10  # of a whole run, with nan_policy=skip
@@ -278,5 +278,5 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    ulysses_sequence_parallel_size: int = 1
+    ulysses_sequence_parallel_size: int = 1  # ranks that share a micro-batch, each with a slice
     use_remove_padding: bool = True  # pack samples into rows without padding

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from verl_sft import safe_io
 from verl_sft.config.train import TrainerConfig
-from verl_sft.errors import UsageError
+from verl_sft.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from verl_sft.trainer.checkpoint import TrainProgress
@@ -98,6 +98,23 @@ def best_of(checkpoints: Sequence[tuple[int, Path]], *, manifest: str) -> Path |
         if score is not None and (found is None or (score, -step) > found[:2]):
             found = (score, -step, path)
     return None if found is None else found[2]
+
+
+def check_links(directory: Path) -> None:
+    """Raise before the run if a folder stands where a link goes.
+
+    Raises:
+        StorageError: a copy of a run whose links were followed.
+    """
+    for name in (LAST, BEST):
+        path = directory / name
+        if path.is_dir() and not path.is_symlink():
+            raise StorageError(
+                "a folder stands where the link to a checkpoint goes",
+                where=str(path),
+                why="Copying a run with its links followed makes folders of them",
+                fix="Remove it: the checkpoints themselves are the folders global_step_N",
+            )
 
 
 def publish_links(

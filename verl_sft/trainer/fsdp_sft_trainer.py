@@ -27,7 +27,7 @@ from verl_sft.model.build import load_tokenizer, model_path
 from verl_sft.processes import die_with_parent
 from verl_sft.trainer import checkpoint
 from verl_sft.trainer.assemble import assemble
-from verl_sft.trainer.best import best_of, stops_early
+from verl_sft.trainer.best import best_of, check_links, stops_early
 from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.ending import End, failed, leave, lost_peer
 from verl_sft.trainer.env_eval import make_player
@@ -86,6 +86,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
             safe_io.make_output_dir(directory)
             stack.enter_context(safe_io.run_lock(directory))
             checkpoint.clean_leftovers(directory)
+            check_links(directory)
             write_status(directory, state="running", code=None)
     owned.append(directory)
     sp_size = config.ulysses_sequence_parallel_size
