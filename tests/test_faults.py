@@ -18,7 +18,7 @@ import torch
 
 from tests.train_ranks import run_ranks, steps_of, toy_config, toy_model, weights_of
 from verl_sft.errors import StorageError
-from verl_sft.trainer import saving, sft_trainer
+from verl_sft.trainer import saving, train_loop
 from verl_sft.trainer.checkpoint import find_resume, list_checkpoints, verify
 from verl_sft.trainer.pace import Pace
 from verl_sft.trainer.state import TrainState
@@ -45,7 +45,7 @@ def poison(trainer: Any) -> None:
     """NaN in the forward pass of step 2, on rank 1 only."""
     if trainer.world.rank != 1:
         return
-    inputs = sft_trainer.model_inputs
+    inputs = train_loop.model_inputs
 
     def poisoned(batch: Any, device: Any) -> dict[str, Any]:
         found = inputs(batch, device)
@@ -53,7 +53,7 @@ def poison(trainer: Any) -> None:
             found["weights"] = found["weights"] * float("nan")
         return found
 
-    sft_trainer.model_inputs = poisoned
+    train_loop.model_inputs = poisoned
 
 
 def all_finite(folder: Path) -> bool:
@@ -211,14 +211,14 @@ def test_out_of_memory_says_where(model: Path, tmp_path: Path) -> None:
     """Exit code 7 with step, tokens, the longest sample and three ways out."""
 
     def exhaust(trainer: Any) -> None:
-        forward = sft_trainer.model_inputs
+        forward = train_loop.model_inputs
 
         def full(batch: Any, device: Any) -> Any:
             if trainer.progress.step == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return forward(batch, device)
 
-        sft_trainer.model_inputs = full
+        train_loop.model_inputs = full
 
     config = toy_config(model, tmp_path / "run", trainer__save_freq=1)
     (report,) = run_ranks(config, hook=exhaust)

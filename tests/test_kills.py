@@ -12,7 +12,7 @@ import torch
 
 from tests.kill_harness import Tally, run_with_kills
 from tests.train_ranks import run_ranks, steps_of, toy_config, toy_model, weights_of
-from verl_sft.trainer import fsdp_sft_trainer, sft_trainer
+from verl_sft.trainer import fsdp_sft_trainer, train_loop
 
 LORA = {"model__lora_rank": 2, "model__lora_dropout": 0.2}
 EXACT = ("step", "train/loss", "train/grad_norm", "train/lr", "train/total_tokens")
@@ -98,7 +98,7 @@ def test_the_harness_sees_dropout_that_is_not_restored(model: Path, tmp_path: Pa
 
     def one_stream() -> None:
         numbers = itertools.count(7)
-        sft_trainer.dropout_seed = lambda *args: next(numbers)
+        train_loop.dropout_seed = lambda *args: next(numbers)
         fsdp_sft_trainer.plot_loss = lambda directory: ""
 
     given = settings(lora=True, beside=False, epochs=3)

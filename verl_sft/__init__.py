@@ -1,3 +1,16 @@
 """verl-style supervised fine-tuning of agents: collect episodes, train, export, measure."""
 
+from __future__ import annotations
+
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """`SFTTrainer`, imported when it is asked for: everything else here works without torch."""
+    if name != "SFTTrainer":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from verl_sft.trainer.api import SFTTrainer
+
+    return SFTTrainer

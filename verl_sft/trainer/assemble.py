@@ -23,8 +23,8 @@ from verl_sft.trainer.inputs import Inputs, make_plan
 from verl_sft.trainer.lever_checks import set_matmul
 from verl_sft.trainer.optim import make_optimizer
 from verl_sft.trainer.self_checks import require_checks
-from verl_sft.trainer.sft_trainer import SFTTrainer
 from verl_sft.trainer.sharing import prove_sharing, without_sharing
+from verl_sft.trainer.train_loop import TrainLoop
 from verl_sft.trainer.weights import check_start, fill, wants_meta
 
 
@@ -36,7 +36,7 @@ def assemble(
     tokenizer: Any,
     directory: Path,
     marks: dict[str, Any],
-) -> tuple[SFTTrainer, Any]:
+) -> tuple[TrainLoop, Any]:
     """Load, probe and shard the model, and put the trainer together."""
     dtype = compute_dtype(config.engine.dtype, device=world.device)
     half = dtype is torch.bfloat16
@@ -71,7 +71,7 @@ def assemble(
         config, world=world, model=model, optimizer=optimizer, report=report,
         attention=attention, dtype=dtype, apart=apart,
     )  # fmt: skip
-    trainer = SFTTrainer(
+    trainer = TrainLoop(
         config,
         world=world,
         model=model,

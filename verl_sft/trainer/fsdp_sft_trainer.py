@@ -40,11 +40,11 @@ from verl_sft.trainer.inputs import (
     provenance,
 )
 from verl_sft.trainer.resume import find_start, remember_data
-from verl_sft.trainer.sft_trainer import RunPlan, SFTTrainer
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import write_status
 from verl_sft.trainer.trackers import RunInfo
 from verl_sft.trainer.tracking import LOGGERS, Tracker, plot_loss
+from verl_sft.trainer.train_loop import RunPlan, TrainLoop
 from verl_sft.trainer.watchdog import Watchdog
 
 EXPORT_DIR = "huggingface"
@@ -160,7 +160,7 @@ def _open_tracker(
 
 
 def _load_best(
-    trainer: SFTTrainer, *, directory: Path, world: World, say: Callable[[str], None]
+    trainer: TrainLoop, *, directory: Path, world: World, say: Callable[[str], None]
 ) -> None:
     """Put the weights of the best checkpoint into the model, unless they are there already."""
     with together(world):

@@ -32,8 +32,8 @@ from verl_sft.trainer.lever_checks import check_levers, idle_levers
 from verl_sft.trainer.optimizers import check_shards
 from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.resume import named_checkpoint
-from verl_sft.trainer.sft_trainer import RunPlan
 from verl_sft.trainer.sharing import check_sharing, missed_sharing, shared_tokens, shuffle_units
+from verl_sft.trainer.train_loop import RunPlan
 from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
 
 _TEMPLATE_COLUMN = "prompt_template"

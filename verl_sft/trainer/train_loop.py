@@ -88,7 +88,7 @@ class StepOutcome:
     skipped: Sequence[str] = ()  # samples of a step that made no update
 
 
-class SFTTrainer:
+class TrainLoop:
     """The parts of a run, in the order in which they depend on one another.
 
     Args:
