@@ -13,7 +13,7 @@ from verl_sft.model.lora import wants_lora
 from verl_sft.model.shape import ModelShape
 
 _FP32 = 4
-_LOGIT_ROWS = 1024  # `model.loss.CHUNK_ROWS`, which cannot be imported without torch
+_LOGIT_ROWS = (1024, 256)  # GPU, CPU: `model.loss.CHUNK_ROWS`, which needs torch to be imported
 # Of the moments of an optimizer: bytes per trained parameter, as multiples of the parameter's.
 _MOMENTS = {"sgd": 1.0, "adafactor": 0.1, "lion": 1.0, "muon": 1.0}
 
@@ -34,6 +34,7 @@ class MemorySettings:
         offload_activations: what the layers keep for backward is in host memory.
         reshard: parameters of a layer are given back after its forward pass.
         scores: attention keeps its probabilities (in bf16 on a CPU), not only its output.
+        logit_rows: learned positions whose logits exist at one time.
         moments: bytes of optimizer state per trained parameter.
     """
 
@@ -48,6 +49,7 @@ class MemorySettings:
     offload_activations: bool = False
     reshard: bool = True
     scores: bool = False
+    logit_rows: int = _LOGIT_ROWS[0]
     moments: float = 8.0
 
 
@@ -86,7 +88,7 @@ def estimate_memory(
     rest = _at_rest(shape, settings=settings)
     trained = shape.parameters if settings.adapters is None else settings.adapters
     held = 0 if settings.offload else 1
-    rows = min(-(-learned // settings.sp_size), _LOGIT_ROWS, here)
+    rows = min(-(-learned // settings.sp_size), settings.logit_rows, here)
     return MemoryEstimate(
         parameters=held * rest // settings.shard_size,
         gathered=_gathered(shape, settings=settings),
@@ -134,6 +136,7 @@ def memory_settings(
         offload_activations=model.enable_activation_offload and on_gpu,
         reshard=engine.reshard_after_forward,
         scores=half and not on_gpu,
+        logit_rows=_LOGIT_ROWS[not on_gpu],
         moments=factor * (1 if "8bit" in name else 0.5 if "4bit" in name else at_rest),
     )
 
