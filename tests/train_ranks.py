@@ -175,6 +175,7 @@ def _child(
         sys.stdout = os.fdopen(1, "w", closefd=False)
         sys.stderr = os.fdopen(2, "w", closefd=False)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
+        torch.set_num_threads(1)  # renews the inherited pool, before loading threads race to do it
         world = setup_world(config.trainer.device, store=dist.FileStore(str(store), size))
 
         def load(config: TrainConfig, **kwargs: Any) -> inputs.Inputs:

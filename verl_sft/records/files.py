@@ -27,7 +27,7 @@ SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
 JSON_COLUMNS = b"verl_sft_json"  # in a parquet file's metadata: names of columns of JSON text
 _READ_ROWS = 256
 _LINES_LOOKED_AT = 20  # to see whether a .json file has one object per line
-_MOST_LINE_BYTES = 128 << 20  # of one row: more is a broken file or an attack
+_MOST_LINE_BYTES = 64 << 20  # of one row: more is a broken file or an attack
 
 
 @dataclass(frozen=True, slots=True)
