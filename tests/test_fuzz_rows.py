@@ -421,7 +421,9 @@ resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 from verl_sft.records.read import read_records
 bad = []
 count = sum(1 for _ in read_records(sys.argv[1], reject=bad.append))
-print(count, len(bad), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10)
+status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+# Not ru_maxrss: it remembers the size of the process that started this one.
+print(count, len(bad), int(status["VmHWM"].split()[0]) >> 10)
 """
 
 
