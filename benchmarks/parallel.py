@@ -93,6 +93,7 @@ def step(world: Any, parts: int) -> int:
     from verl_sft.model.build import decoder_layers
     from verl_sft.model.loss import LossModel
     from verl_sft.model.ulysses import register_ulysses
+    from verl_sft.trainer.batches import model_inputs
 
     world = arrange(world, sp_size=parts, fsdp_size=-1)
     causal = tiny("tiny", vocabulary=2048)
@@ -106,15 +107,7 @@ def step(world: Any, parts: int) -> int:
     sample = make_sample(ids, weights=np.ones(TOKENS + 1), record_id="x")
     batch = slice_batch(collate([[sample]], pad_id=0), part=world.sp_rank, parts=parts)
     start = begin()
-    model(
-        batch.input_ids,
-        batch.position_ids,
-        batch.cu_seqlens,
-        batch.max_seqlen,
-        target_ids=batch.target_ids,
-        weights=batch.weights,
-        parts=parts,
-    ).backward()
+    model(**model_inputs(batch, world.device)).backward()
     return peak() - start
 
 

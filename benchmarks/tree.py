@@ -22,6 +22,7 @@ from verl_sft.data.tree import shared_lengths
 from verl_sft.model.attention import pick_attention
 from verl_sft.model.loss import LossModel
 from verl_sft.model.tree_attention import register_tree_attention
+from verl_sft.trainer.batches import model_inputs
 
 VOCABULARY, BUDGET, STEPS = 8192, 8192, 2
 # Tokens of ALFWorld dialogues whose observations list the admissible actions.
@@ -124,16 +125,7 @@ def train_step(
     weight = sum(float(batch.weights.sum(dtype=torch.float64)) for batch in batches)
     total = 0.0
     for batch in batches:
-        loss = model(
-            batch.input_ids,
-            batch.position_ids,
-            batch.cu_seqlens,
-            batch.max_seqlen,
-            target_ids=batch.target_ids,
-            weights=batch.weights,
-            subtree_end=batch.subtree_end,
-            denominator=weight,
-        )
+        loss = model(**model_inputs(batch, torch.device("cpu")), denominator=weight)
         loss.backward()
         total += float(loss.detach())
     optimizer.step()

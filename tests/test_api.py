@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def test_the_data_set_that_is_given_is_trained(tmp_path: Path) -> None:
 
 def test_records_generators_and_datasets_are_equal(tmp_path: Path) -> None:
     """Records, a generator of dicts and a `datasets.Dataset` give the same losses."""
-    datasets = pytest.importorskip("datasets")
+    datasets = pytest.importorskip("datasets", reason="it comes with trl")
     records = [
         SFTRecord(messages=tuple(Message.from_json(m) for m in row["messages"])) for row in rows(8)
     ]
@@ -93,6 +95,17 @@ def test_pairs_are_read_by_the_keys_of_the_config(tmp_path: Path) -> None:
     before = steps(run)
     assert SFTTrainer(config, train_dataset=pairs).train() == run
     assert steps(run) == before and len(before) == 1
+
+
+def test_the_package_names_it_without_importing_torch() -> None:
+    """`verl_sft.SFTTrainer` is this class; `import verl_sft` alone loads no torch."""
+    code = (
+        "import sys, verl_sft; assert 'torch' not in sys.modules; "
+        "print(verl_sft.SFTTrainer.__module__); verl_sft.nothing"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == SFTTrainer.__module__
+    assert "has no attribute 'nothing'" in done.stderr
 
 
 def test_a_bad_row_is_named_by_its_place(tmp_path: Path) -> None:

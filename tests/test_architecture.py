@@ -19,7 +19,6 @@ BASE = {"types", "errors", "registry", "safe_io", "processes", "__init__"}
 SMALL = BASE | {"config", "prompts"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(BASE, BASE),
-    "__init__": {"trainer"},  # `verl_sft.SFTTrainer`, inside a function: see test_light_imports
     "config": BASE,
     "prompts": BASE,
     "envs": SMALL,

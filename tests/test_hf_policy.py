@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from tests.household_world import Household  # noqa: E402
-from verl_sft.collect.rollout import RolloutSettings, plan_episodes, play  # noqa: E402
-from verl_sft.config.collect import (  # noqa: E402
+from tests.household_world import Household
+from verl_sft.collect.rollout import RolloutSettings, plan_episodes, play
+from verl_sft.config.collect import (
     CollectConfig,
     PolicyConfig,
     PromptConfig,
     RolloutConfig,
 )
-from verl_sft.model.tiny import random_model, train_tokenizer  # noqa: E402
-from verl_sft.policies.base import PolicyRequest  # noqa: E402
-from verl_sft.policies.constraint import TokenTrie  # noqa: E402
-from verl_sft.policies.expert import make_expert  # noqa: E402
-from verl_sft.policies.hf_local import HFPolicy  # noqa: E402
-from verl_sft.types import Completion, Episode  # noqa: E402
+from verl_sft.model.tiny import random_model, train_tokenizer
+from verl_sft.policies.base import PolicyRequest
+from verl_sft.policies.constraint import TokenTrie
+from verl_sft.policies.expert import make_expert
+from verl_sft.policies.hf_local import HFPolicy
+from verl_sft.types import Completion, Episode
 
 
 @pytest.fixture(scope="module")

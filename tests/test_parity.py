@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from tests.train_ranks import VOCAB, ToyStore, run_ranks, steps_of, toy_config, toy_model
@@ -122,7 +123,6 @@ def trl_trainer(model: Path, out: Path, changes: dict[str, Any]) -> Result:
     """TRL's SFTTrainer on the same ids and labels, padded, two micro-batches per step."""
     trl = pytest.importorskip("trl", reason="compares with trl")
     datasets = pytest.importorskip("datasets", reason="trl reads datasets")
-    transformers = pytest.importorskip("transformers")
     datasets.disable_progress_bars()
     rows = []
     for sample in (store()[i] for batch in batches() for i in batch):

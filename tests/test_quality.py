@@ -28,8 +28,10 @@ def record(number: int, **given: Any) -> SFTRecord:
 
 
 def sharegpt(path: Path, rows: int, *, bad: int = 0) -> Path:
-    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
-    good = [{"conversations": [*turns, {"from": "human", "value": str(n)}]} for n in range(rows)]
+    good = [
+        {"conversations": [{"from": "human", "value": f"{n}?"}, {"from": "gpt", "value": "a"}]}
+        for n in range(rows)
+    ]
     path.write_text(json.dumps(good + [{"conversations": []}] * bad))
     return path
 
@@ -40,9 +42,8 @@ def test_foreign_rows_become_a_data_set(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["convert", f"in={source}", f"out={tmp_path / 'set'}", "from=sharegpt"]) == 0
     train = list(read_records(tmp_path / "set" / "train.parquet"))
     val = list(read_records(tmp_path / "set" / "val.parquet"))
-    assert len(train) + len(val) == 40
-    # All begin with the same question: one group, which is never split.
-    assert {r.group_id for r in train} == {r.group_id for r in train + val} and not val
+    assert (len(train), len(val)) == (36, 4)
+    assert not {r.group_id for r in train} & {r.group_id for r in val}
     (bad,) = (tmp_path / "set" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(bad)["row"] == 40 and json.loads(bad)["code"] == "EMPTY"
     assert "refused: EMPTY 1" in capsys.readouterr().out

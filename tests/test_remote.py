@@ -26,9 +26,8 @@ def test_files_directories_and_globs(store: fsspec.AbstractFileSystem) -> None:
     """A file, a directory's split and a glob become local files with the same bytes."""
     (path,) = resolve_files("memory://set/train.jsonl", split="train")
     assert path.read_bytes() == b"{}\n" and path.name == "train.jsonl"
-    assert resolve_files("memory://set", split="train") == [
-        resolve_files("memory://set", split="train")[0]
-    ]
+    (of_split,) = resolve_files("memory://set", split="train")
+    assert (of_split.name, of_split.read_bytes()) == ("train.jsonl", b"{}\n")
     assert resolve_files("memory://set", split="val")[0].read_bytes() == b"{}\n{}\n"
     assert len(resolve_files("memory://set/*.jsonl", split="other")) == 2
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 __version__ = "0.1.0"
@@ -11,6 +12,4 @@ def __getattr__(name: str) -> Any:
     """`SFTTrainer`, imported when it is asked for: everything else here works without torch."""
     if name != "SFTTrainer":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from verl_sft.trainer.api import SFTTrainer
-
-    return SFTTrainer
+    return importlib.import_module("verl_sft.trainer.api").SFTTrainer

@@ -50,6 +50,16 @@ def parse_messages(value: Any, field: str) -> tuple[tuple[Message, ...], dict[in
     return tuple(messages), {i: flags.get(i, 1.0) for i in turns if flags.get(i, 1.0) > 0}
 
 
+def need_answer(messages: Sequence[Message], field: str) -> None:
+    """Raise where no message could be learned.
+
+    Raises:
+        BadRowError: there is no assistant message.
+    """
+    if not any(m.role == "assistant" for m in messages):
+        raise BadRowError(field, "NO_ASSISTANT", "there is no assistant message to learn")
+
+
 def parse_message(entry: JSON, field: str, index: int) -> Message:
     """One message, checked; `field[index]` is where it stands.
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from verl_sft.records.messages import check_message, check_order, parse_messages
+from verl_sft.records.messages import check_message, check_order, need_answer, parse_messages
 from verl_sft.records.rows import ColumnError, row_to_record
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.values import BadRowError, as_float, plain, sequence, struct, weight_of
@@ -190,8 +190,7 @@ def _check_supervised(
     messages: Sequence[Message], supervise: Sequence[int] | None, weights: Sequence[float] | None
 ) -> None:
     if supervise is None:
-        if not any(m.role == "assistant" for m in messages):
-            raise BadRowError("messages", "NO_ASSISTANT", "there is no assistant message to learn")
+        need_answer(messages, "messages")
         return
     if not supervise:
         raise BadRowError("supervise", "NOTHING_LEARNED", "no message of the row is learned")

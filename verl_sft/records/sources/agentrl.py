@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from verl_sft.records.build import opening_hash
-from verl_sft.records.messages import parse_messages
+from verl_sft.records.messages import need_answer, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import float32
 from verl_sft.records.schema import NOTE, SFTRecord
@@ -40,8 +40,7 @@ def _detect(row: JSON) -> bool:
 def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     entries = [_modern(entry) for entry in sequence(row.get("messages"), "messages")]
     messages, flags = parse_messages(entries, "messages")
-    if not any(m.role == "assistant" for m in messages):
-        raise BadRowError("messages", "NO_ASSISTANT", "there is no assistant message to learn")
+    need_answer(messages, "messages")
     own = _own_fields(row, entries)
     kept = object_of(row.get(KEY), KEY)
     columns = _columns(own, messages)

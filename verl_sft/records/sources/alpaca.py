@@ -10,7 +10,7 @@ from typing import Any
 
 from verl_sft.records.build import turn_records
 from verl_sft.records.parse import ReadOptions
-from verl_sft.records.rows import load_json, message_text
+from verl_sft.records.rows import message_text
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import (
@@ -23,7 +23,7 @@ from verl_sft.records.sources.shared import (
     tools_of,
     tools_text,
 )
-from verl_sft.records.values import BadRowError
+from verl_sft.records.values import BadRowError, sequence
 from verl_sft.types import JSON, Message
 
 COLUMNS = {
@@ -64,15 +64,8 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
 def _history(value: Any, field: str) -> list[tuple[str, str]]:
     if value is None or value == "":
         return []
-    if isinstance(value, str):
-        try:
-            value = load_json(value)
-        except ValueError as error:
-            raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
-    if not isinstance(value, list):
-        raise BadRowError(field, "NOT_A_LIST", f"expected a list, found {type(value).__name__}")
     pairs = []
-    for index, pair in enumerate(value):
+    for index, pair in enumerate(sequence(value, field)):
         where = f"{field}[{index}]"
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadRowError(where, "BAD_PAIR", "expected a [question, answer] pair")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from verl_sft.records.messages import parse_messages
+from verl_sft.records.messages import need_answer, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -19,7 +19,6 @@ from verl_sft.records.sources.shared import (
     tools_of,
     tools_text,
 )
-from verl_sft.records.values import BadRowError
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON
 
@@ -33,8 +32,7 @@ def _detect(row: JSON) -> bool:
 
 def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     messages, flags = parse_messages(row.get("messages"), "messages")
-    if not any(m.role == "assistant" for m in messages):
-        raise BadRowError("messages", "NO_ASSISTANT", "there is no assistant message to learn")
+    need_answer(messages, "messages")
     own = {name: row.get(name) for name in _FIELDS}
     own["task_info"] = object_of(own["task_info"], "task_info")
     kept = object_of(row.get(KEY), KEY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from verl_sft.records.messages import parse_messages
+from verl_sft.records.messages import need_answer, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -17,7 +17,6 @@ from verl_sft.records.sources.shared import (
     object_of,
     tools_of,
 )
-from verl_sft.records.values import BadRowError
 from verl_sft.types import JSON
 
 _NAME = "pettingllms"  # in `meta`: the metadata that has no column
@@ -31,8 +30,7 @@ def _detect(row: JSON) -> bool:
 
 def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     messages, flags = parse_messages(row.get("messages"), "messages")
-    if not any(m.role == "assistant" for m in messages):
-        raise BadRowError("messages", "NO_ASSISTANT", "there is no assistant message to learn")
+    need_answer(messages, "messages")
     metadata = object_of(row.get("metadata"), "metadata")
     columns = _columns(metadata)
     texts = [m.content for m in messages]

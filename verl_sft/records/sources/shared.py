@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from verl_sft.records.rows import load_json, message_text, record_to_row, row_to_record
+from verl_sft.records.rows import message_text, record_to_row, row_to_record
 from verl_sft.records.schema import COLUMNS, SFTRecord
-from verl_sft.records.values import BadRowError
+from verl_sft.records.values import BadRowError, json_of, struct
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Message
 
@@ -105,10 +105,7 @@ def tools_of(value: Any, field: str) -> tuple[JSON, ...] | None:
     if value is None or value == "":
         return None
     if isinstance(value, str):
-        try:
-            value = load_json(value)
-        except ValueError as error:
-            raise BadRowError(field, "BAD_JSON", f"the tools are not JSON: {error}") from error
+        value = json_of(value, field)
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise BadRowError(field, "BAD_TYPE", "the tools are not a list of objects")
     wrapped = (t if "function" in t else {"type": "function", "function": t} for t in value)
@@ -126,13 +123,4 @@ def object_of(value: Any, field: str) -> JSON:
     Raises:
         BadRowError: it is something else.
     """
-    if value is None:
-        return {}
-    if isinstance(value, str):
-        try:
-            value = load_json(value)
-        except ValueError as error:
-            raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise BadRowError(field, "BAD_TYPE", f"expected an object, found {type(value).__name__}")
-    return value
+    return {} if value is None else struct(value, field)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from verl_sft.records.messages import WEIGHT_ALIASES
+from verl_sft.records.messages import WEIGHT_ALIASES, need_answer
 from verl_sft.records.parse import ReadOptions
-from verl_sft.records.rows import load_json, message_text
+from verl_sft.records.rows import message_text
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import (
@@ -25,7 +25,7 @@ from verl_sft.records.sources.shared import (
     tools_of,
     tools_text,
 )
-from verl_sft.records.values import BadRowError, weight_of
+from verl_sft.records.values import BadRowError, json_of, sequence, weight_of
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Message
 
@@ -68,8 +68,7 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
             weights[len(messages)] = weight_of(turn[flag], f"{where}.{flag}")
         messages.append(message)
     answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
-    if not answers:
-        raise BadRowError(field, "NO_ASSISTANT", "there is no assistant message to learn")
+    need_answer(messages, field)
     learned: JSON = {}
     if weights:
         chosen = {i: weights.get(i, 1.0) for i in answers if weights.get(i, 1.0) > 0}
@@ -79,16 +78,10 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
 
 
 def _turns(value: Any, field: str) -> list[Any]:
-    if isinstance(value, str):
-        try:
-            value = load_json(value)
-        except ValueError as error:
-            raise BadRowError(field, "BAD_JSON", f"not JSON: {error}") from error
-    if not isinstance(value, list):
-        raise BadRowError(field, "NOT_A_LIST", f"expected a list, found {type(value).__name__}")
-    if not value:
+    turns = sequence(value, field)
+    if not turns:
         raise BadRowError(field, "EMPTY", "the conversation is empty")
-    return value
+    return turns
 
 
 def _message(turn: JSON, tags: dict[str, str], where: str) -> Message:
@@ -113,10 +106,7 @@ def _message(turn: JSON, tags: dict[str, str], where: str) -> Message:
 
 
 def _call(text: str, kept: Any, where: str) -> Message:
-    try:
-        value = load_json(text)
-    except ValueError as error:
-        raise BadRowError(where, "BAD_JSON", f"the call is not JSON: {error}") from error
+    value = json_of(text, where)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(isinstance(c, dict) and "name" in c for c in calls):
         raise BadRowError(where, "BAD_CALL", "a function call needs a name and arguments")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from verl_sft.records.messages import parse_message, parse_messages
+from verl_sft.records.messages import need_answer, parse_message, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -48,8 +48,7 @@ def _episodes(
         data = object_of(value, field)
         items = _list(data.get("messages"), f"{field}.messages")
         messages = [_message(item, f"{field}.messages", i) for i, item in enumerate(items)]
-        if not any(m.role == "assistant" for m in messages):
-            raise BadRowError(f"{field}.messages", "NO_ASSISTANT", "no answer to learn")
+        need_answer(messages, f"{field}.messages")
         turns = _numbers(rewards, attempt)
         rest = {k: v for k, v in data.items() if k not in ("messages", "tools")}
         yield SFTRecord(

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from verl_sft.records.messages import parse_messages
+from verl_sft.records.messages import need_answer, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -41,8 +41,7 @@ def _read(row: JSON, options: ReadOptions) -> Iterator[SFTRecord | BadRowError]:
 
 def _record(row: JSON, chat: Any, field: str, *, step: int) -> SFTRecord:
     messages, _ = parse_messages(chat, field)
-    if not any(m.role == "assistant" for m in messages):
-        raise BadRowError(field, "NO_ASSISTANT", "there is no assistant message to learn")
+    need_answer(messages, field)
     reward = row.get("final_reward")
     if reward is not None and not (_is_number(reward) and math.isfinite(reward)):
         raise BadRowError("final_reward", "BAD_VALUE", f"{reward!r:.40} is not a finite number")
