@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -84,8 +85,12 @@ def collect(config: CollectConfig, *, progress: Progress | None = None) -> Colle
         notes = [*task_notes(env, config.env.split), *_guard(env, specs, config)]
         policy = make_policy(config) if _plays_here(config) else None
         held.enter_context(run_lock(make_output_dir(directory)))
+        for left in directory.glob(".tmp-*"):  # of a publication that was killed
+            left.unlink(missing_ok=True)
         if (directory / "manifest.json").exists():
-            return _conclude(_report(directory, _published(directory, identity)), config)
+            stats = _published(directory, identity)
+            shutil.rmtree(directory / FOLDER, ignore_errors=True)
+            return _conclude(_report(directory, stats), config)
         with contextlib.closing(Journal(directory, config=identity)) as journal:
             _play_all(
                 specs,
