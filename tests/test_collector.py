@@ -6,7 +6,6 @@ import dataclasses
 import errno
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -374,40 +373,6 @@ def _unfinished(parent: Path) -> Journal:
     """The journal of a run that was stopped before its first episode."""
     (parent / "out").mkdir(parents=True)
     return Journal(parent / "out", config=identity_of(_config(parent)))
-
-
-def test_kill_at_any_moment_loses_and_repeats_nothing(tmp_path: Path) -> None:
-    """SIGKILL ten times at random: every acknowledged episode is there, once.
-
-    The files in the end are those of a run that was never killed.
-    """
-    args = "tasks=100, delay=0.01"
-    rng = random.Random(5)
-    acknowledged: list[str] = []
-    kills = 0
-    for _ in range(10):
-        process = _launch(tmp_path / "killed", args)
-        assert process.stdout is not None
-        process.stdout.readline()  # the run has begun
-        time.sleep(rng.uniform(0.05, 0.35))
-        process.kill()
-        shown = process.stdout.read().split("\n")
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
-        process.stderr.close()
-        if (tmp_path / "killed" / "out" / "manifest.json").exists():
-            break
-        now = _acknowledged(tmp_path / "killed" / "out")
-        assert now[: len(acknowledged)] == acknowledged, "an acknowledged episode is gone"
-        assert len(set(now)) == len(now), "an episode was played twice"
-        counts = [int(line.split()[0]) for line in shown if " " in line]
-        assert max(counts, default=0) <= len(now), "progress ran ahead of the disk"
-        acknowledged = now
-    assert kills >= 5 and acknowledged
-    rollout = RolloutConfig(num_workers=2, max_steps=6)
-    collect(_config(tmp_path / "killed", rollout=rollout, tasks=100, delay=0.01))
-    collect(_config(tmp_path / "whole", rollout=rollout, tasks=100, delay=0.01))
-    assert _files(tmp_path / "killed" / "out") == _files(tmp_path / "whole" / "out")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
