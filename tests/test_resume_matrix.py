@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +30,7 @@ from verl_sft.trainer.saving import Saver
 from verl_sft.trainer.state import TrainState
 
 LORA = {"model__lora_rank": 2, "model__lora_dropout": 0.2}
-COUNT = 14  # samples: four steps an epoch, the last one of two samples
+LONGEST = 12  # tokens of a sample of the matrix
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +73,11 @@ class Recorder:
 
 def check_every_step(trainer: Any) -> None:
     """Train once saving each step, then go on from each of the checkpoints."""
-    recorder = Recorder(trainer)
-    wanted = max(len(micros) for micros in trainer.plan.train(0).steps[0].ranks)
-    accumulates = trainer.config.data.micro_batch_size_per_gpu < 4
-    assert (wanted >= 3) == accumulates and (wanted == 1) != accumulates, wanted
+    recorder, config = Recorder(trainer), trainer.config
+    micros = trainer.plan.train(0).steps[0].ranks[trainer.world.dp_rank]
+    accumulates = config.data.micro_batch_size_per_gpu < 6
+    assert (len(micros) >= 3) == accumulates and (len(micros) == 1) != accumulates, micros
+    assert any(len(row) > 1 for micro in micros for row in micro) == config.use_remove_padding
     rows, weights = recorder.fit()
     total = trainer.plan.total_steps
     assert len(rows) == total == 8
@@ -107,11 +110,21 @@ def check_chain(recorder: Recorder, *, rows: Any, weights: list[torch.Tensor]) -
         assert torch.equal(found.detach().full_tensor(), expected)
 
 
-@pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("lora", [False, True])
+def cases() -> Iterator[Any]:
+    """All ways of running on 1 and 2 ranks; a test run takes those in which every pair occurs."""
+    for size, lora, packed, accumulate in itertools.product((1, 2), *[(False, True)] * 3):
+        often = (lora + packed + accumulate + size) % 2 == 1
+        name = f"{size}-{'lora' if lora else 'full'}-{'packed' if packed else 'padded'}"
+        yield pytest.param(
+            *(size, lora, packed, accumulate),
+            id=f"{name}-{3 if accumulate else 1}",
+            marks=() if often else pytest.mark.release,
+        )
+
+
+@pytest.mark.parametrize(("size", "lora", "packed", "accumulate"), cases())
 def test_every_step_of_two_epochs(
-    model: Path, tmp_path: Path, lora: bool, packed: bool, accumulate: bool
+    model: Path, tmp_path: Path, size: int, lora: bool, packed: bool, accumulate: bool
 ) -> None:
     """From each of seven steps, and through all of them in a chain: losses and weights exact."""
     config = toy_config(
@@ -119,12 +132,14 @@ def test_every_step_of_two_epochs(
         tmp_path / "run",
         trainer__save_freq=1,
         use_remove_padding=packed,
-        data__max_length=24,
-        data__micro_batch_size_per_gpu=1 if accumulate else 4,
+        data__max_length=LONGEST,
+        data__train_batch_size=6 * size,
+        data__micro_batch_size_per_gpu=2 if accumulate else 6,
         **(LORA if lora else {}),
     )
-    (report,) = run_ranks(config, train=narrow_store(), hook=check_every_step)
-    assert report["code"] == 0, report["error"]
+    store = short_store(18 * size + 4)  # four steps an epoch, the last one of four samples
+    reports = run_ranks(config, size=size, train=store, hook=check_every_step)
+    assert [r["code"] for r in reports] == [0] * size, reports
 
 
 def test_the_matrix_sees_a_lost_moment(model: Path, tmp_path: Path) -> None:
@@ -144,10 +159,10 @@ def test_the_matrix_sees_a_lost_moment(model: Path, tmp_path: Path) -> None:
     assert report["code"] == 0, report["error"]
 
 
-def narrow_store() -> ToyStore:
-    """Samples too long for three of them to share a row of 24 tokens."""
-    store = toy_store(60, seed=3)
-    return ToyStore([s for s in store.samples if len(s) >= 13][:COUNT])
+def short_store(count: int) -> ToyStore:
+    """Samples of which two or three fit into a row of 24 tokens."""
+    store = toy_store(200, seed=3)
+    return ToyStore([s for s in store.samples if 8 <= len(s) <= LONGEST][:count])
 
 
 def test_other_numbers_of_ranks(model: Path, tmp_path: Path) -> None:
