@@ -145,7 +145,7 @@ def _mark_saves(mark: int) -> None:
 
         setattr(saving, name, wrapped)
 
-    for name in ("write_shard", "_replace", "_retire"):
+    for name in ("write_shard", "replace", "publish_links"):
         marked(name)
 
 
@@ -199,11 +199,12 @@ def _end(start: _Start, *, victim: str) -> dict[int, int]:
 
 
 def _alive(pid: int) -> bool:
+    """Whether any thread is left; a zombie's other threads may still hold its files and locks."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX" or len(os.listdir(f"/proc/{pid}/task")) > 1
     except OSError:
         return False
-    return state not in "ZX"
 
 
 def _reports(start: _Start, size: int) -> list[Path]:

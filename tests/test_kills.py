@@ -86,11 +86,14 @@ def test_kills_change_no_bit(
 
 
 @pytest.mark.release
-def test_a_thousand_kills_change_no_bit(model: Path, tmp_path: Path) -> None:
-    """The same with a thousand kills over longer runs."""
-    tally = kill_many(model, tmp_path, kills=1000, seed=random.randrange(1 << 30), epochs=40)
+@pytest.mark.parametrize("part", range(4))
+def test_a_thousand_kills_change_no_bit(model: Path, tmp_path: Path, part: int) -> None:
+    """The same with a thousand kills in all, over longer runs."""
+    seed = random.randrange(1 << 30)
+    print(f"part {part}, seed {seed}: ", end="", flush=True)
+    tally = kill_many(model, tmp_path, kills=250, seed=seed, epochs=40)
     print(tally)
-    assert tally.inside_a_save >= 150
+    assert tally.inside_a_save >= 38
 
 
 def test_the_harness_sees_dropout_that_is_not_restored(model: Path, tmp_path: Path) -> None:
