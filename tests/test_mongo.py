@@ -30,15 +30,17 @@ from verl_sft.config.inspect import InspectConfig
 from verl_sft.config.secrets import hidden, hide, reveal
 from verl_sft.config.sources import MongoConfig
 from verl_sft.config.train import DataConfig, MultiturnConfig
+from verl_sft.data.sources import open_sources
 from verl_sft.data.tokenizer import chatml
 from verl_sft.errors import InputError, UsageError
 from verl_sft.records import mongo
 from verl_sft.records.convert import named
+from verl_sft.records.mix import read_mix
 from verl_sft.records.mongo import export, mongo_sources
 from verl_sft.records.mongo_filter import checked_filter
 from verl_sft.records.mongo_upload import UploadReport, upload
 from verl_sft.records.mongo_values import plain_value
-from verl_sft.records.parse import Reject
+from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import read_records
 from verl_sft.records.schema import SFTRecord
 from verl_sft.types import Message
@@ -329,6 +331,88 @@ def test_no_command_prints_a_password(words: list[str], capsys: Any) -> None:
     main(["train", f"data.mongo.uri={MOCK}", *words])
     told = capsys.readouterr()
     assert "s3cret" not in told.out + told.err
+
+
+def address(config: MongoConfig, name: str = "DBRecordData") -> str:
+    """What `data.train_files` would hold for a collection of the test's database."""
+    front, _, options = reveal(str(config.uri)).partition("?")
+    host = front.rpartition("/")[0] if front.count("/") > 2 else front
+    return f"{host}/{config.database}.{name}" + (f"?{options}" if options else "")
+
+
+def test_an_address_in_the_files_is_the_same_as_its_keys(
+    config: MongoConfig, tmp_path: Path
+) -> None:
+    """`data.train_files=mongodb://HOST/DB.COLLECTION` reads what `data.mongo.*` would."""
+    collection(config, "other.rows").insert_many([document(n) for n in range(6)])
+    asked = replace(config, collection="other.rows", filter={"split": "train"})
+    (by_keys,) = mongo_sources(asked, "train", folder=tmp_path / "keys", say=lambda line: None)
+    data = DataConfig(
+        train_files=address(config, "other.rows"),
+        val_files={"all": [address(config, "other.rows")]},
+        mongo=MongoConfig(filter={"split": "train"}, batch_size=2),
+    )
+    assert "s3cret" not in repr(data)
+    said: list[str] = []
+    train, val = open_sources(data, cache=tmp_path, say=said.append)
+    assert train[0].files[0].read_bytes() == by_keys.files[0].read_bytes()
+    assert len(lines(val["all"][0].files[0])) == 6 and "s3cret" not in "".join(said)
+
+
+def test_collections_in_a_mix(config: MongoConfig, tmp_path: Path) -> None:
+    """Several collections and files, each with its weight and its own filter."""
+    collection(config, "a").insert_many([document(n) for n in range(6)])
+    collection(config, "b").insert_many([document(n) for n in range(4)])
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": document(9)["messages"]}) + "\n")
+    spec = [
+        {"path": address(config, "a"), "weight": 2.0, "filter": {"n": {"$lt": 2}}, "name": "A"},
+        {"path": address(config, "b"), "max_rows": 3},
+        str(path),
+    ]
+    sources, _ = open_sources(DataConfig(train_files=spec), cache=tmp_path, say=lambda line: None)
+    options = ReadOptions(multiturn=True)
+    found = list(read_mix(sources, options=options))
+    assert [r.sample_weight for r in found] == [2.0, 2.0, 1.0, 1.0, 1.0, 1.0]
+    assert [r.data_source for r in found[:2]] == ["A", "A"]
+    wrong = DataConfig(train_files={"path": str(path), "filter": {"n": 1}})
+    with pytest.raises(UsageError, match="only documents"):
+        open_sources(wrong, cache=tmp_path)
+    for command in (["convert", f"in={address(config)}", f"out={tmp_path / 'o'}"],):
+        assert main(command) == 2
+
+
+@pytest.mark.parametrize(
+    "uri", ["mongodb://ann:p@s3cret@h/d", "mongodb://ann:s3cret/x@h/d", "mongodb://ann:s3cret?@h/d",
+            "mongodb://ann:s3:cret@h/d", "mongodb://ann:s3cret#@h/d"],
+)  # fmt: skip
+def test_passwords_that_break_an_address(uri: str, tmp_path: Path) -> None:
+    """Characters that must be escaped are named; no part of the password reaches an error."""
+    with pytest.raises(UsageError, match="%40") as refused:
+        export(MongoConfig(uri=uri, timeout_s=0.1), query={}, folder=tmp_path)
+    assert "s3" not in str(refused.value) and "cret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.train_files=mongodb://ann:s3cret@h1,h2/own.rows?replicaSet=r", "--dry-run"],
+        ["data.train_files=[mongodb://ann:s3cret@h/own.rows]", "--dry-run"],
+        ["data.train_files=[{path: mongodb://ann:s3cret@h/own.rows, weight: 2}]", "--dry-run"],
+        ["data.val_files={a: mongodb://ann:s3cret@h/own.rows}", "--dry-run"],
+        ["data.mongo.uri=[mongodb://ann:s3cret@h/own", "--dry-run"],
+        ["data.max_length=mongodb://ann:s3cret@h/own", "--dry-run"],
+        ["data.train_file=mongodb://ann:s3cret@h/own", "--dry-run"],
+        ["data.custom_cls.path=mongodb://ann:s3cret@h/own", "--dry-run"],
+        ["mongodb://ann:s3cret@h/own", "--dry-run"],
+        ["--db_connection_string", "mongodb://ann:s3cret@h/own", "--tp_size", "2"],
+    ],
+)
+def test_no_configuration_shows_a_password(words: list[str], capsys: Any) -> None:
+    """Printed or refused, in any key and any shape."""
+    main(["train", *words])
+    told = capsys.readouterr()
+    assert (told.out or told.err) and "s3cret" not in told.out + told.err
 
 
 def test_an_address_that_is_none(tmp_path: Path) -> None:

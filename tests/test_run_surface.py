@@ -242,7 +242,8 @@ def test_parts_of_a_batch_by_hand() -> None:
 def test_named_sets(tmp_path: Path) -> None:
     """Sets with names keep their own samples and sources; the whole is all of their rows."""
     from tests.test_load import load, step_rows
-    from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
+    from verl_sft.data.sources import named_sets
+    from verl_sft.trainer.validation import join_sets, plan_sets
 
     assert named_sets("a.parquet") == {"": "a.parquet"}
     assert named_sets({"path": "a.parquet"}) == {"": {"path": "a.parquet"}}

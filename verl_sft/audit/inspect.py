@@ -12,12 +12,12 @@ from verl_sft.audit.spell import Speller
 from verl_sft.config.checks import template_text
 from verl_sft.config.inspect import InspectConfig
 from verl_sft.data.load import load_samples, read_options
+from verl_sft.data.sources import open_sources
 from verl_sft.data.store import SampleStore
 from verl_sft.data.template import TokenizerSpec
 from verl_sft.data.tokenizer import load_tokenizer
 from verl_sft.errors import UsageError
-from verl_sft.records.mix import read_mix, resolve_sources
-from verl_sft.records.mongo import mongo_sources
+from verl_sft.records.mix import read_mix
 from verl_sft.safe_io import dump_json, make_output_dir, publishing, write_json, write_text
 from verl_sft.types import JSON
 
@@ -35,8 +35,6 @@ def inspect(
         UsageError: no data or no model was named.
         StorageError: nothing can be written there.
     """
-    if config.data.train_files is None and not config.data.mongo.uri:
-        raise UsageError("no data given", fix="Set data.train_files=DIR, a file or a list")
     if tokenizer is None:
         if not config.model.partial_pretrain:
             raise UsageError("no model given", fix="Set model.partial_pretrain=HF_DIR")
@@ -48,10 +46,7 @@ def inspect(
         )
     out = make_output_dir(Path(config.out).expanduser())
     cache = Path(config.data.cache_dir) if config.data.cache_dir else out / "token_cache"
-    sources = [
-        *resolve_sources(config.data.train_files or [], split="train"),
-        *mongo_sources(config.data.mongo, "train", folder=cache / "mongo"),
-    ]
+    sources, _ = open_sources(config.data, cache=cache)
     files = [file for source in sources for file in source.files]
     store = load_samples(
         sources,

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 from verl_sft.config.dialects import translate
 from verl_sft.config.flags import PREFIXES, split_flags, translate_flags
 from verl_sft.config.llamafactory import read_llamafactory
+from verl_sft.config.secrets import DATABASES, hidden
 from verl_sft.errors import UsageError, VerlSftError
 
 T = TypeVar("T")
@@ -71,12 +72,14 @@ def load_config(
             if not key.startswith(PREFIXES):
                 _set(tree, known, key, value, say)
         return cast(T, OmegaConf.to_object(tree))
-    except VerlSftError:
+    except VerlSftError as error:
+        for part in ("what", "where", "why", "fix"):  # they may quote a word with a password
+            setattr(error, part, hidden(getattr(error, part)))
         raise
     except Exception as error:
         if not type(error).__module__.startswith(("omegaconf", "hydra")):
             raise
-        text = str(error).splitlines()[0]
+        text = hidden(str(error).splitlines()[0])
         raise UsageError(f"the configuration is not valid: {text}") from error
 
 
@@ -127,9 +130,11 @@ def _parse(words: Sequence[str], *, defaults: Any) -> Iterator[tuple[str, Any]]:
 def _quoted(word: str) -> str:
     """Paths with characters that Hydra's grammar reserves are quoted, as a shell user expects."""
     key, sign, value = word.partition("=")
-    if not sign or not value or value[0] in "'\"[{$" or "," in value:
+    if not sign or not value or value[0] in "'\"[{$":
         return word
-    if any(c in value for c in " ()#&~^;?*!<>|@='\""):
+    if "," in value and not value.startswith(DATABASES):  # one of these may name several hosts
+        return word
+    if "," in value or any(c in value for c in " ()#&~^;?*!<>|@='\""):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{key}='{escaped}'"
     return word

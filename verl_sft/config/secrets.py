@@ -7,10 +7,12 @@ it, so that nothing that is printed or saved on the way can leak a password.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from verl_sft.errors import UsageError
 
 HIDDEN = "***"
+DATABASES = ("mongodb://", "mongodb+srv://")
 _USER = re.compile(r"(?<=://)[^\s'\"]*@")
 _known: dict[str, str] = {}
 
@@ -23,9 +25,35 @@ def hide(uri: str) -> str:
     return shown
 
 
+def hide_all(value: Any) -> Any:
+    """A value of any shape with `hide` applied to each address of a database in it."""
+    if isinstance(value, str) and value.startswith(DATABASES):
+        return hide(value)
+    if isinstance(value, dict):
+        return {key: hide_all(item) for key, item in value.items()}
+    return [hide_all(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def hidden(text: str) -> str:
     """Any text with the users and passwords of its addresses struck out."""
     return _USER.sub(f"{HIDDEN}@", text)
+
+
+def check_address(uri: str) -> None:
+    """Raise where a password is not written as an address needs it: errors could show its parts.
+
+    Raises:
+        UsageError: without the password.
+    """
+    front, _, options = uri.partition("://")[2].partition("?")
+    user = front.rpartition("@")[0]
+    if any(c in user for c in "/@[]#") or user.count(":") > 1 or ("@" in options and not user):
+        raise UsageError(
+            "the address cannot be read",
+            where=hidden(uri),
+            why="User or password hold characters that mean something in an address",
+            fix="Write them as %xx: @ as %40, / as %2F, : as %3A, ? as %3F, # as %23",
+        )
 
 
 def reveal(shown: str) -> str:
@@ -39,6 +67,6 @@ def reveal(shown: str) -> str:
             "the address has lost its password",
             where=shown,
             why="Saved configs hold none",
-            fix="Give data.mongo.uri again, or '${oc.env:NAME}' to take it from the environment",
+            fix="Give the address again, or '${oc.env:NAME}' to take it from the environment",
         )
     return _known.get(shown, shown)

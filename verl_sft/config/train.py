@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, file_size, fraction, one_of
+from verl_sft.config.secrets import hide_all
 from verl_sft.config.sources import AgentRLConfig, MongoConfig, RawConfig
 from verl_sft.errors import UsageError
 
@@ -39,6 +40,8 @@ class DataConfig:
 
     train_files: Any = None  # a path, a list, a glob or an sft_data directory
     val_files: Any = None  # also {name: files}; default: val.parquet beside train.parquet, or none
+    val_size: float = 0.0  # rows of train_files held out, by group: below 1 a share, else a count
+    val_seed: int = 1  # of what val_size holds out
     format: str = "auto"  # of the rows: a name (convert --help lists them) or file.py:function
     mask_history: bool | None = None  # learn last answers only; null: as the format has it
     train_batch_size: int = 256  # samples per optimizer step, over all ranks
@@ -72,6 +75,7 @@ class DataConfig:
     token_cache: str = "build"  # build | require: a missing or stale one is refused with a diff
 
     def __post_init__(self) -> None:
+        self.train_files, self.val_files = hide_all(self.train_files), hide_all(self.val_files)
         one_of("data.truncation", self.truncation, _TRUNCATION)
         one_of("data.shuffle_unit", self.shuffle_unit, ("conversation", "neighbours"))
         self.prefix_sharing = str(self.prefix_sharing).lower()  # YAML reads true and false
@@ -84,6 +88,15 @@ class DataConfig:
         at_least("data.micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
         at_least("data.max_length", self.max_length, 2)
         fraction("data.max_reject_fraction", self.max_reject_fraction)
+        at_least("data.val_size", self.val_size, 0)
+        if self.val_size and (
+            self.val_files not in (None, "", "none", []) or self.mongo.val_filter is not None
+        ):
+            raise UsageError(
+                f"data.val_size={self.val_size:g} beside data.val_files",
+                why="Validation rows come from one of the two",
+                fix="Take one out",
+            )
         at_least("data.prompt_weight", self.prompt_weight, 0)
         if self.num_workers is not None:
             at_least("data.num_workers", self.num_workers, 0)
@@ -124,12 +137,15 @@ class ModelConfig:
     checkpoint_policy: str = "full"  # what is recomputed then: full | selective
     enable_activation_offload: bool = False  # activations wait in host memory
     learned_rows_only: bool = True  # the last layer's MLP sees no row that is not learned
+    vocab_parallel: str = "auto"  # auto | true | false: head and embedding divided over the ranks
     attn_implementation: str = "auto"  # auto | sdpa | eager | flash_attention_2 | varlen
     use_liger: bool = False  # Triton kernels; GPU, extra liger
     trust_remote_code: bool = False  # run code that lies in the model's folder
 
     def __post_init__(self) -> None:
         at_least("model.lora_rank", self.lora_rank, 0)
+        self.vocab_parallel = str(self.vocab_parallel).lower()  # YAML reads true and false
+        one_of("model.vocab_parallel", self.vocab_parallel, ("auto", "true", "false"))
         one_of("model.lora_init", self.lora_init, ("default", "pissa", "olora"))
         one_of("model.quantization", self.quantization, ("none", "nf4", "int8"))
         one_of("model.checkpoint_policy", self.checkpoint_policy, ("full", "selective"))
@@ -231,6 +247,8 @@ class TrainerConfig:
     resume_from_path: str | None = None  # a global_step_N folder, for resume_path
     max_ckpt_to_keep: int | None = None  # null: all; the best one stays as well
     async_save: bool = False  # write checkpoints while the next steps run; needs memory for a copy
+    on_save_error: str = "stop"  # stop | warn: go on without a save that failed, but for the last
+    on_corrupt: str = "fallback"  # fallback | stop: resume from the one before a damaged checkpoint
     nan_policy: str = "stop"  # stop | skip: a NaN or infinite step makes no update, on any rank
     max_skipped_steps: int = 10  # of a whole run, with nan_policy=skip
     step_timeout_s: float = 600.0  # a step or a save that takes longer has lost a rank; 0: never
@@ -241,6 +259,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable", "resume_path"))
+        one_of("trainer.on_save_error", self.on_save_error, ("stop", "warn"))
+        one_of("trainer.on_corrupt", self.on_corrupt, ("fallback", "stop"))
         one_of("trainer.nan_policy", self.nan_policy, ("stop", "skip"))
         at_least("trainer.max_skipped_steps", self.max_skipped_steps, 0)
         at_least("trainer.step_timeout_s", self.step_timeout_s, 0)

@@ -58,6 +58,14 @@ def opening_hash(messages: Sequence[Message]) -> str:
     return content_hash(opening)
 
 
+def group_of(record: SFTRecord) -> str:
+    """What a record is split by: its group, task or episode, else how its chat begins."""
+    known = record.group_id or record.task_id or record.episode_id
+    if known or record.prompt is None:
+        return known or opening_hash(record.messages)
+    return content_hash(record.prompt)
+
+
 def turn_records(record: SFTRecord) -> Iterator[SFTRecord]:
     """One record per learned turn: the chat up to it, only its last message learned.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.errors import InputError, UsageError
-from verl_sft.records.build import opening_hash, record_id, turn_records
+from verl_sft.records.build import group_of, record_id, turn_records
 from verl_sft.records.files import JSON_COLUMNS
 from verl_sft.records.io import csv_writer, parquet_writer
 from verl_sft.records.parse import Reject
@@ -63,8 +63,7 @@ def named(records: Iterable[SFTRecord], *, reject: Refuse | None = None) -> Iter
     for record in records:
         try:
             found = record.record_id or record_id(record)
-            group = record.group_id or record.task_id or record.episode_id
-            group = group or opening_hash(record.messages)
+            group = group_of(record)
         except (ValueError, TypeError) as error:
             bad = _reject(record, BadRowError("messages", "NOT_JSON", str(error)))
             if reject is None:

@@ -10,14 +10,16 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from verl_sft.errors import UsageError
+from verl_sft.records.build import group_of
 from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import read_records
-from verl_sft.records.resolve import resolve_files
+from verl_sft.records.resolve import OpenDatabase, is_database, resolve_files
 from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.registry import unknown_name
 
@@ -41,6 +43,9 @@ class Source:
         max_rows: records taken at most, before they are repeated; -1: all.
         max_length: tokens of one sample; longer ones are dropped and counted.
         seed: another seed takes another fraction.
+        side: "train" or "val" where validation rows are held out of the same files; empty: all.
+        split_seed: of the places of groups, see `place_of`.
+        split_cut: groups at places below it are validation.
     """
 
     files: tuple[Path, ...]
@@ -55,6 +60,9 @@ class Source:
     max_rows: int = -1
     max_length: int | None = None
     seed: int = 1
+    side: str = ""
+    split_seed: int = 1
+    split_cut: int = 0
 
     def choices(self) -> dict[str, Any]:
         """Everything but the files, as JSON."""
@@ -62,22 +70,23 @@ class Source:
         return {k: [list(p) for p in v] if isinstance(v, tuple) else v for k, v in values.items()}
 
 
-def resolve_sources(spec: Any, *, split: str) -> list[Source]:
+def resolve_sources(spec: Any, *, split: str, database: OpenDatabase | None = None) -> list[Source]:
     """The sources that a `data.train_files` or `data.val_files` value names.
 
     Args:
         spec: a path, an object with `path`, or a list of these.
         split: "train" or "val".
+        database: as in `resolve_files`; an object with `filter` hands it on.
 
     Raises:
         InputError: nothing is there.
         UsageError: a field of an object is unknown or out of range.
     """
     if isinstance(spec, Mapping):
-        return [_source(spec, split=split)]
+        return [_source(spec, split=split, database=database)]
     if isinstance(spec, list | tuple):
-        return [source for part in spec for source in resolve_sources(part, split=split)]
-    return [Source(tuple(resolve_files(spec, split=split)))]
+        return [s for part in spec for s in resolve_sources(part, split=split, database=database)]
+    return [Source(tuple(resolve_files(spec, split=split, database=database)))]
 
 
 def read_mix(
@@ -154,25 +163,40 @@ def _taken(
         if left == 0 or (source.fraction < 1 and not _is_chosen(record, source)):
             continue
         left -= 1
+        if source.side and (place_of(group_of(record), source.split_seed) < source.split_cut) != (
+            source.side == "val"
+        ):
+            continue
         yield record
 
 
 def _is_chosen(record: SFTRecord, source: Source) -> bool:
     unit = record.episode_id or record.group_id or record.source
-    digest = hashlib.sha256(f"{source.seed}\x00{unit}".encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8]) < source.fraction * 2**64
+    return place_of(unit, source.seed) < source.fraction * 2**64
 
 
-def _source(spec: Mapping[str, Any], *, split: str) -> Source:
-    known = {f.name for f in fields(Source)} - {"files"} | {"path"}
+def place_of(unit: str, seed: int) -> int:
+    """Where a seed puts a unit between 0 and 2^64; evenly spread, whatever else there is."""
+    digest = hashlib.sha256(f"{seed}\x00{unit}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8])
+
+
+def _source(spec: Mapping[str, Any], *, split: str, database: OpenDatabase | None) -> Source:
+    known = {*_FIELDS, "path", "columns", "tags", "filter"}
     for key in spec:
         if key not in known:
             raise unknown_name("field of a data source", str(key), known)
     if not spec.get("path"):
         raise UsageError("a data source without a path", where=f"data.{split}_files={dict(spec)}")
     where = f"data.{split}_files={dict(spec)}"
-    values = {key: _field(key, value, where) for key, value in spec.items() if key != "path"}
-    return Source(tuple(resolve_files(spec["path"], split=split)), **values)
+    own = {key: value for key, value in spec.items() if key not in ("path", "filter")}
+    values = {key: _field(key, value, where) for key, value in own.items()}
+    if "filter" in spec:
+        if not is_database(str(spec["path"])):
+            fix = "Take it out, or keep the rows that you mean with verl-sft convert select.where="
+            raise UsageError("filter: only documents of a database have one", where=where, fix=fix)
+        database = database and partial(database, query=spec["filter"])
+    return Source(tuple(resolve_files(spec["path"], split=split, database=database)), **values)
 
 
 # Field -> its type, and what else must hold.

@@ -13,10 +13,12 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, unquote
 
-from verl_sft.config.secrets import hidden, reveal
+from verl_sft.config.secrets import check_address, hidden, reveal
 from verl_sft.config.sources import MongoConfig
 from verl_sft.errors import InputError, MissingExtraError, UsageError, VerlSftError
 from verl_sft.records.mix import Source
@@ -59,6 +61,44 @@ def mongo_sources(
         return []
     query = checked_filter(config.filter if split == "train" else config.val_filter)
     return [Source((export(config, query=query, folder=folder, say=say),))]
+
+
+def database_reader(
+    config: MongoConfig, split: str, *, folder: Path, say: Callable[[str], None] = print
+) -> Callable[..., Path]:
+    """What opens addresses in `data.train_files`: as if `data.mongo` named them.
+
+    Args:
+        config: filter, limit and time-outs; database and collection of addresses without them.
+        split: as `mongo_sources`.
+        folder: as `mongo_sources`.
+        say: as `mongo_sources`.
+
+    Returns:
+        A function of an address and, as `query`, its own filter; it raises as `mongo_sources`.
+    """
+    default = config.filter if split == "train" else config.val_filter
+
+    def read(address: str, *, query: Any = default) -> Path:
+        asked = at_address(config, address)
+        return export(asked, query=checked_filter(query), folder=folder, say=say)
+
+    return read
+
+
+def at_address(config: MongoConfig, address: str) -> MongoConfig:
+    """The config with server, database and collection of mongodb://HOST/DATABASE.COLLECTION."""
+    front, _, options = reveal(address).partition("?")
+    scheme, _, rest = front.partition("://")
+    host, _, path = rest.partition("/")
+    database, _, collection = (unquote(part) for part in path.partition("."))
+    uri = f"{scheme}://{host}/{quote(database, safe='')}" + (f"?{options}" if options else "")
+    return replace(
+        config,
+        uri=uri,
+        database=database or config.database,
+        collection=collection or config.collection,
+    )
 
 
 def export(
@@ -106,6 +146,7 @@ def connected(config: MongoConfig) -> Iterator[Any]:
     except ImportError as error:
         raise MissingExtraError("pymongo", "mongo", why="data.mongo needs it") from error
     shown = str(config.uri)
+    check_address(reveal(shown))
     try:
         client: Any = pymongo.MongoClient(
             reveal(shown),

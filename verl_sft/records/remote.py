@@ -31,12 +31,6 @@ def fetch(url: str, *, split: str) -> list[Path]:
     import fsspec
 
     shown = _SECRET.sub("***@", url)
-    if url.startswith(("mongodb://", "mongodb+srv://")):
-        raise InputError(
-            "a database is no file",
-            where=shown,
-            fix=f"Set data.mongo.uri, .database and .collection instead of data.{split}_files",
-        )
     try:
         system, root = fsspec.core.url_to_fs(url)
         names = _names(system, root, split)

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from verl_sft.config.secrets import DATABASES, hidden
 from verl_sft.errors import InputError, UsageError
 from verl_sft.records.remote import fetch
 
+# Address of a collection (and a filter, `query=`) -> a file with its documents.
+OpenDatabase = Callable[..., Path]
 
-def resolve_files(spec: Any, *, split: str) -> list[Path]:
+
+def is_database(spec: str) -> bool:
+    """Whether a path is the address of a collection."""
+    return spec.startswith(DATABASES)
+
+
+def resolve_files(spec: Any, *, split: str, database: OpenDatabase | None = None) -> list[Path]:
     """The files that a `data.train_files` value names.
 
     Args:
         spec: a file, an sft_data directory (its `<split>.parquet`, or shards
-            `<split>-*.parquet`), a glob, a URL that fsspec knows, or a list of these.
+            `<split>-*.parquet`), a glob, a URL that fsspec knows, an address
+            mongodb://HOST/DATABASE.COLLECTION, or a list of these.
         split: "train" or "val".
+        database: opens an address; None: they are refused.
 
     Raises:
         InputError: nothing is there.
         UsageError: the value is no path.
     """
     if isinstance(spec, list | tuple):
-        return [path for part in spec for path in resolve_files(part, split=split)]
+        return [p for part in spec for p in resolve_files(part, split=split, database=database)]
     if not isinstance(spec, str | Path) or not str(spec):
         raise UsageError(
             f"{spec!r:.80} names no file", fix="Give a path, a glob, a URL, or a list of these"
         )
+    if is_database(str(spec)):
+        if database is None:
+            raise UsageError(
+                "this command reads files, not databases",
+                where=hidden(str(spec)),
+                fix="verl-sft inspect, plan and train read collections",
+            )
+        return [database(str(spec))]
     if "://" in str(spec):
         return fetch(str(spec), split=split)
     path = Path(spec).expanduser()

@@ -13,6 +13,7 @@ from verl_sft.data.audit import audit_figures, audit_lines
 from verl_sft.data.joined import JoinedStore
 from verl_sft.data.load import load_samples
 from verl_sft.data.plan import EpochPlan, plan_epoch
+from verl_sft.data.sources import open_sources
 from verl_sft.data.store import SampleStore
 from verl_sft.data.tokenizer import tokenizer_spec
 from verl_sft.data.tree import shared_lengths
@@ -22,8 +23,7 @@ from verl_sft.errors import UsageError
 from verl_sft.export.upload import check_target
 from verl_sft.model.build import model_fingerprint
 from verl_sft.model.ulysses import check_kernel
-from verl_sft.records.mix import Source, mix_lines, resolve_sources
-from verl_sft.records.mongo import mongo_sources
+from verl_sft.records.mix import Source, mix_lines
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
 from verl_sft.trainer.early_checks import check_before_data
@@ -34,7 +34,7 @@ from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.resume import named_checkpoint
 from verl_sft.trainer.sharing import check_sharing, missed_sharing, shared_tokens, shuffle_units
 from verl_sft.trainer.train_loop import RunPlan
-from verl_sft.trainer.validation import join_sets, named_sets, plan_sets
+from verl_sft.trainer.validation import join_sets, plan_sets
 
 _TEMPLATE_COLUMN = "prompt_template"
 _ADAPTER_KEYS = (
@@ -177,31 +177,16 @@ def read_splits(
             say=lambda line: print(line, flush=True),  # only one rank builds
         )
 
-    def mongo(split: str) -> list[Source]:
-        def say(line: str) -> None:
-            if world.is_main:
-                print(line, flush=True)
-
-        return mongo_sources(data.mongo, split, folder=cache / "mongo", say=say)
+    def say(line: str) -> None:
+        if world.is_main:
+            print(line, flush=True)
 
     with together(world):
-        if data.train_files is None and not data.mongo.uri:
-            raise UsageError(
-                "no training data given",
-                where="data.train_files",
-                fix="Give an sft_data directory, parquet files, a list of them, or data.mongo.uri",
-            )
-        train_files = [*resolve_sources(data.train_files or [], split="train"), *mongo("train")]
-        val_files = {
-            name: _val_files(spec, train_files) for name, spec in named_sets(data.val_files).items()
-        }
-        if found := mongo("val"):
-            name = "" if list(val_files) == [""] else "mongo"
-            val_files[name] = [*val_files.get(name, []), *found]
+        train_files, val_files = open_sources(data, cache=cache, say=say)
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
         val = join_sets(
-            {name: read(found, data.val_max_samples) for name, found in val_files.items() if found}
+            {name: read(found, data.val_max_samples) for name, found in val_files.items()}
         )
     return train, val, [file for source in train_files for file in source.files]
 
@@ -293,12 +278,3 @@ def provenance(config: TrainConfig, *, files: list[Path]) -> dict[str, Any]:
         "base_model": config.model.partial_pretrain,
         "train_files": [path.name for path in files],
     }
-
-
-def _val_files(spec: Any, train: list[Source]) -> list[Source]:
-    """The validation files: as given, or those beside the training file, or none."""
-    if spec is not None:
-        return [] if spec in ("", "none") else resolve_sources(spec, split="val")
-    folder = train[0].files[0].parent
-    found = sorted(folder.glob("val.parquet")) or sorted(folder.glob("val-*.parquet"))
-    return [Source(tuple(found))] if found else []

@@ -17,26 +17,7 @@ from verl_sft.data.store import SampleStore
 from verl_sft.distributed.reduce import sum_over_ranks
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import reshard
-from verl_sft.errors import UsageError
 from verl_sft.trainer.breakdown import LossParts
-
-
-def named_sets(spec: Any) -> dict[str, Any]:
-    """The sets that a `data.val_files` value names: `{name: files}`, or one without a name.
-
-    Raises:
-        UsageError: a name that cannot be part of a metric's name.
-    """
-    if not isinstance(spec, Mapping) or "path" in spec:
-        return {"": spec}
-    for name in map(str, spec):
-        if not name or "/" in name or name.startswith("loss"):
-            raise UsageError(
-                f"data.val_files: a validation set cannot be called '{name}'",
-                why="Its loss would be val/NAME/loss",
-                fix="Use a short word",
-            )
-    return {str(name): files for name, files in spec.items()}
 
 
 def join_sets(stores: Mapping[str, SampleStore]) -> SampleStore | JoinedStore | None:
