@@ -235,7 +235,7 @@ def test_out_of_memory_says_where(model: Path, tmp_path: Path) -> None:
     assert found is not None and found[0].name == "global_step_2"
 
 
-_WRITES = ("open", "fsync", "replace", "rename", "mkdir", "symlink")
+_WRITES = ("open", "write", "fsync", "replace", "rename", "mkdir", "symlink")
 
 
 def failing_writes(number: int) -> Callable[[], int]:
@@ -354,10 +354,10 @@ def test_a_failed_thread_fails_all_ranks(model: Path, tmp_path: Path) -> None:
         if trainer.world.rank == 1:
             write = saving.write_shard
 
-            def full(path: Path, tensors: Any) -> None:
+            def full(path: Path, tensors: Any) -> Any:
                 if "global_step_2." in str(path):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                write(path, tensors)
+                return write(path, tensors)
 
             saving.write_shard = full
 

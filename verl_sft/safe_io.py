@@ -13,16 +13,19 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from verl_sft.errors import InputError, RunBusyError, StorageError
 
 _DIGEST_CHARS = 16
+_SMALL, _BLOCK = 1 << 16, 1 << 23  # bytes: what is worth a call of its own, and what one call gets
 
 
 def dump_json(value: Any, *, indent: int | None = None, sort: bool = False) -> str:
@@ -51,6 +54,59 @@ def fsync_path(path: Path) -> None:
     """Force a file's bytes, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_hashed(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
+    """Write a new file from bytes in memory and force it to the disk; nothing is read back.
+
+    A thread hashes the same bytes meanwhile. They must not change until this returns.
+
+    Returns:
+        The file's `name`, `size` in bytes and `sha256`.
+
+    Raises:
+        StorageError: the disk is full or the place is not writable; a part of the file may be left.
+    """
+    blocks = _blocks(parts)
+    digest, need = hashlib.sha256(), sum(len(block) for block in blocks)
+
+    def hash_all() -> None:
+        for block in blocks:
+            digest.update(block)
+
+    thread = threading.Thread(target=hash_all, name="sha256")
+    thread.start()
+    try:
+        _write_synced(path, blocks)
+    except OSError as error:
+        raise storage_error(error, path, need=need) from error
+    finally:
+        thread.join()
+    return {"name": path.name, "size": need, "sha256": digest.hexdigest()}
+
+
+def _blocks(parts: Iterable[memoryview]) -> list[memoryview]:
+    """The same bytes: small parts joined, large ones cut, so that calls to the system are few."""
+    found: list[memoryview] = []
+    joined = bytearray()
+    for part in parts:
+        if len(part) < _SMALL:
+            joined += part
+            continue
+        found += [memoryview(joined), *(part[i : i + _BLOCK] for i in range(0, len(part), _BLOCK))]
+        joined = bytearray()
+    return [block for block in [*found, memoryview(joined)] if block]
+
+
+def _write_synced(path: Path, blocks: Sequence[memoryview]) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    try:
+        for block in blocks:
+            while block:
+                block = block[os.write(descriptor, block) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -135,8 +191,8 @@ def make_output_dir(path: Path) -> Path:
     return path
 
 
-def storage_error(error: OSError, path: Path) -> StorageError:
-    """The user's view of an `OSError` met while writing under `path`."""
+def storage_error(error: OSError, path: Path, *, need: int | None = None) -> StorageError:
+    """The user's view of an `OSError` met while writing `need` bytes under `path`."""
     fixes = {
         errno.ENOSPC: "Free space there or choose another directory, then run again",
         errno.EDQUOT: "Raise the quota or choose another directory, then run again",
@@ -146,8 +202,73 @@ def storage_error(error: OSError, path: Path) -> StorageError:
     return StorageError(
         f"cannot write: {error.strerror or error}",
         where=str(path),
+        why=_space(path, need=need) if error.errno in (errno.ENOSPC, errno.EDQUOT) else "",
         fix=fixes.get(error.errno or 0, "Choose a directory that you may write to"),
     )
+
+
+def _space(path: Path, *, need: int | None) -> str:
+    """What is free where `path` goes, and what would have been needed; empty if nobody knows."""
+    place = next((p for p in (path, *path.parents) if p.exists()), path)
+    try:
+        free = f"{shutil.disk_usage(place).free / 1e6:,.1f} MB are free"
+    except OSError:
+        return ""
+    return free if need is None else f"The file needs {need / 1e6:,.1f} MB, {free}"
+
+
+class LineFile:
+    """Lines added to the end of a file; those that a full disk refuses wait in memory.
+
+    A line may be there in part until the rest fits; who reads must be ready for that.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = bytearray()
+        try:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._descriptor = os.open(path, flags, 0o644)
+        except OSError as error:
+            raise storage_error(error, path) from error
+
+    def add(self, line: str) -> StorageError | None:
+        """Write `line` behind what waits; returns what stands in the way, if anything does."""
+        self._waiting += line.encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            return storage_error(error, self.path, need=len(self._waiting))
+        return None
+
+    def sync(self) -> None:
+        """Force all lines to the disk.
+
+        Raises:
+            StorageError: some still do not fit.
+        """
+        try:
+            self._write()
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise storage_error(error, self.path, need=len(self._waiting)) from error
+
+    def close(self) -> None:
+        """Write what waits and close.
+
+        Raises:
+            StorageError: some lines still do not fit; they are lost.
+        """
+        try:
+            self._write()
+        except OSError as error:
+            raise storage_error(error, self.path, need=len(self._waiting)) from error
+        finally:
+            os.close(self._descriptor)
+
+    def _write(self) -> None:
+        while self._waiting:
+            del self._waiting[: os.write(self._descriptor, self._waiting)]
 
 
 class AppendLog:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from verl_sft import safe_io
 from verl_sft.config.train import TrainerConfig
+from verl_sft.data.kinds import KINDS
 from verl_sft.errors import StorageError, UsageError
+from verl_sft.registry import unknown_name
 
 if TYPE_CHECKING:
     from verl_sft.trainer.checkpoint import TrainProgress
 
 BEST, LAST = "best", "last"
+ENV_METRICS = ("success_rate", "episodes", "mean_steps", "invalid_action_rate", "mean_reward")
+_KIND = "val/loss_kind/"
 
 
 def judged(
@@ -59,35 +64,76 @@ def higher_is_better(metric: str) -> bool:
     return not ("loss" in metric or "invalid" in metric or metric.endswith("steps"))
 
 
-def check_best(config: TrainerConfig, *, val_sets: Sequence[str], validates: bool) -> None:
-    """Raise if the metric to judge by will never be there.
-
-    Args:
-        config: of the run.
-        val_sets: names of the validation sets.
-        validates: whether there are validation rows at all.
+def check_metric(config: TrainerConfig) -> None:
+    """Raise if no run with these options measures `trainer.best_metric`.
 
     Raises:
         UsageError: naming the key.
     """
-    wanted = config.save_best or config.export_best or config.early_stop_patience is not None
     metric = config.best_metric
-    if not wanted and metric == TrainerConfig.best_metric:
-        return
+    where = f"trainer.best_metric={metric}"
+    kind = metric.removeprefix(_KIND)
     if metric.startswith("env/"):
-        if config.env_eval_freq in (None, -1):
+        if config.env_eval_freq in (None, -1, 0):
             raise UsageError(
-                f"trainer.best_metric={metric} is measured in the environment only",
+                "it is measured in the environment only",
+                where=where,
                 fix="Set trainer.env_eval_freq, or judge by val/loss",
             )
+        known = [f"env/{name}" for name in ENV_METRICS]
+        if metric not in known and not metric.startswith("env/success_rate/"):
+            raise UsageError("no game tells that", where=where, fix=_near(metric, known))
+    elif metric.startswith("val/loss_"):
+        if not config.loss_breakdown:
+            raise UsageError("trainer.loss_breakdown=false measures no parts", where=where)
+        if metric.startswith(_KIND) and kind not in KINDS[1:]:
+            known = [f"{_KIND}{name}" for name in KINDS[1:]]
+            raise UsageError("no such kind of token", where=where, fix=_near(metric, known))
+        if not metric.startswith((_KIND, "val/loss_turn/", "val/loss_source/")):
+            raise UsageError("no such loss", where=where, fix="See the names in metrics.jsonl")
+    elif not re.fullmatch(r"val/([^/]+/)?loss", metric):
+        known = ["val/loss", *(f"env/{name}" for name in ENV_METRICS)]
+        raise UsageError("nothing is measured by that name", where=where, fix=_near(metric, known))
+
+
+def check_best(config: TrainerConfig, *, val_sets: Sequence[str]) -> None:
+    """Raise if the best model is to be judged by validation rows that are not there.
+
+    Args:
+        config: of the run.
+        val_sets: names of the validation sets that were found ("": the only one).
+
+    Raises:
+        UsageError: naming the keys.
+    """
+    wanted = {
+        "trainer.early_stop_patience": config.early_stop_patience is not None,
+        "trainer.export_best": config.export_best,
+        "trainer.save_best": config.save_best,
+        "trainer.best_metric": config.best_metric != TrainerConfig.best_metric,
+    }
+    metric = config.best_metric
+    key = next((key for key, given in wanted.items() if given), None)
+    if key is None or metric.startswith("env/"):
         return
-    known = ["val/loss", *(f"val/{name}/loss" for name in val_sets if name)] if validates else []
-    if metric not in known and not (validates and metric.startswith("val/loss_")):
+    if not val_sets:
         raise UsageError(
-            f"there will be no {metric} to find the best model by",
-            why="There are no validation rows" if not validates else f"There are {known}",
-            fix="Set data.val_files, or trainer.best_metric to one of these",
+            f"{key} needs validation rows, and there are none",
+            why=f"It judges by {metric}",
+            fix="Set data.val_files or data.val_size, or judge by a metric of the environment "
+            "(trainer.best_metric, trainer.env_eval_freq)",
         )
+    known = ["val/loss", *(f"val/{name}/loss" for name in val_sets if name)]
+    if metric not in known and not metric.startswith("val/loss_"):
+        raise UsageError(
+            "there is no validation set of that name",
+            where=f"trainer.best_metric={metric}",
+            fix=_near(metric, known),
+        )
+
+
+def _near(metric: str, known: Sequence[str]) -> str:
+    return unknown_name("metric", metric, known).fix
 
 
 def best_of(checkpoints: Sequence[tuple[int, Path]], *, manifest: str) -> Path | None:
@@ -120,12 +166,17 @@ def check_links(directory: Path) -> None:
 def publish_links(
     directory: Path, checkpoints: Sequence[tuple[int, Path]], *, manifest: str
 ) -> None:
-    """Point `last` at the newest checkpoint and `best` at the best one, atomically."""
-    if checkpoints:
-        safe_io.publish_link(directory / LAST, max(checkpoints)[1].name)
-    best = best_of(checkpoints, manifest=manifest)
-    if best is not None:
-        safe_io.publish_link(directory / BEST, best.name)
+    """Point `last` at the newest checkpoint and `best` at the best one, atomically.
+
+    A link whose checkpoint somebody has deleted goes as well, where nothing takes its place.
+    """
+    newest = max(checkpoints)[1] if checkpoints else None
+    for name, target in ((LAST, newest), (BEST, best_of(checkpoints, manifest=manifest))):
+        link = directory / name
+        if target is not None:
+            safe_io.publish_link(link, target.name)
+        elif link.is_symlink() and not link.exists():
+            link.unlink()
 
 
 def _score(manifest: Path) -> float | None:

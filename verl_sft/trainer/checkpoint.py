@@ -28,6 +28,7 @@ from verl_sft.trainer.state import TrainState, read_shards
 MANIFEST = "manifest.json"
 LATEST = "latest_checkpointed_iteration.txt"
 FORMAT = 2
+ASIDE = ".aside-"  # in the hidden name of a checkpoint while another takes its place
 _STEP_DIR = re.compile(r"global_step_(\d+)")
 
 
@@ -55,8 +56,12 @@ def list_checkpoints(directory: Path) -> list[tuple[int, Path]]:
     return sorted(found, reverse=True)
 
 
-def verify(path: Path) -> dict[str, Any]:
+def verify(path: Path, *, hashes: bool = True) -> dict[str, Any]:
     """Check every byte of a checkpoint against its manifest, before any tensor is read.
+
+    Args:
+        path: of the checkpoint.
+        hashes: false: only the manifest, and names and sizes of the files, at no cost.
 
     Returns:
         The manifest.
@@ -79,16 +84,25 @@ def verify(path: Path) -> dict[str, Any]:
         raise _damaged(path / name, "foreign file" if name in present else "file is missing")
     for name, facts in files.items():
         file = path / name
-        if file.stat().st_size != facts["size"] or safe_io.file_sha256(file) != facts["sha256"]:
+        whole = file.stat().st_size == facts["size"]
+        if not whole or (hashes and safe_io.file_sha256(file) != facts["sha256"]):
             raise _damaged(file, "its bytes do not match the manifest")
     return manifest
 
 
-def find_resume(directory: Path, *, say: Any = print) -> tuple[Path, dict[str, Any]] | None:
+def find_resume(
+    directory: Path, *, say: Any = print, fallback: bool = True
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint that verifies, or None where there is none at all.
 
+    Args:
+        directory: of the run.
+        say: told loudly of each damaged one.
+        fallback: whether a damaged one is passed over for the one before it.
+
     Raises:
-        StorageError: there are checkpoints and all are damaged; starting anew would hide that.
+        StorageError: the newest is damaged and must not be passed over, or all are: starting anew
+            would hide that.
     """
     found = list_checkpoints(directory)
     problem: StorageError | None = None
@@ -96,6 +110,9 @@ def find_resume(directory: Path, *, say: Any = print) -> tuple[Path, dict[str, A
         try:
             return path, verify(path)
         except StorageError as error:
+            if not fallback:
+                error.fix += ", or take the one before it with trainer.on_corrupt=fallback"
+                raise
             say(f"DAMAGED CHECKPOINT, not used: {error}")
             problem = problem or error
     if problem is not None:
@@ -136,9 +153,15 @@ def load(
 
 
 def clean_leftovers(directory: Path) -> None:
-    """Remove what a killed run was about to publish; call it only while holding the run lock."""
+    """Remove what a killed run was about to publish, and put back what it was about to replace.
+
+    Call it only while holding the run lock.
+    """
     for path in directory.glob(".tmp-*"):
-        if path.is_dir() and not path.is_symlink():
+        name = path.name.removeprefix(".tmp-").split(ASIDE)[0]
+        if ASIDE in path.name and not (directory / name).exists():
+            path.rename(directory / name)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

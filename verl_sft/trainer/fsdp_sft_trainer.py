@@ -16,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from verl_sft import safe_io
+from verl_sft.config.checks import naming
 from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.reduce import together
@@ -32,13 +33,9 @@ from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.ending import End, failed, leave, lost_peer
 from verl_sft.trainer.env_eval import make_player
 from verl_sft.trainer.exporting import PROVENANCE
-from verl_sft.trainer.inputs import (
-    check_options,
-    fingerprint,
-    ignored_options,
-    load_inputs,
-    provenance,
-)
+from verl_sft.trainer.idle_options import idle_options
+from verl_sft.trainer.inputs import fingerprint, load_inputs, provenance
+from verl_sft.trainer.option_checks import check_options
 from verl_sft.trainer.resume import find_start, remember_data
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import write_status
@@ -77,13 +74,15 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     with together(world):
         check_options(config, world_size=world.size)
         model_path(config.model)
-        for line in ignored_options(config, on_gpu=world.device.type == "cuda"):
+        on_gpu = world.device.type == "cuda"
+        for line in idle_options(config, on_gpu=on_gpu, world_size=world.size):
             say(line)
         absent = [str(name) for name in as_list(config.trainer.logger) if name not in LOGGERS]
         if absent:
             say(f"trainer.logger: no {', '.join(absent)} here; there are {', '.join(LOGGERS)}")
         if world.is_main:
-            safe_io.make_output_dir(directory)
+            with naming("trainer.default_local_dir"):
+                safe_io.make_output_dir(directory)
             stack.enter_context(safe_io.run_lock(directory))
             checkpoint.clean_leftovers(directory)
             check_links(directory)
@@ -110,7 +109,8 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     )
     if found:
         state = TrainState(loss_model, trainer.optimizer)
-        trainer.resume(checkpoint.load(found[0], manifest=found[1], state=state, world=world))
+        at = checkpoint.load(found[0], manifest=found[1], state=state, world=world)
+        trainer.resume(at, path=found[0])
         say(f"going on from {found[0].name}")
     facts = partial(provenance, config, files=inputs.train_files)
     trainer.play = make_player(

@@ -38,7 +38,8 @@ def find_start(
             )
         found = None
     else:
-        found = checkpoint.find_resume(directory, say=say)
+        fallback = config.trainer.on_corrupt == "fallback"
+        found = checkpoint.find_resume(directory, say=say, fallback=fallback)
     if found is not None:
         _check_same(found[1]["fingerprint"], marks=marks, where=found[0], store=store)
     return found

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from verl_sft import safe_io
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import local, rows_of
 from verl_sft.errors import StorageError
 from verl_sft.trainer.optimizers import set_rate, tensors_in
+from verl_sft.trainer.tensor_file import file_parts
 
 _RNG_CPU, _RNG_CUDA, _STEP = "rng.cpu", "rng.cuda", "optim.step"
 NUMBER = "optim.number."  # of each parameter in turn, float64, NaN where it has none
@@ -65,13 +67,16 @@ def optimizer_state(state: TrainState) -> dict[str, dict[str, Any]]:
     }
 
 
-def shard_tensors(state: TrainState, *, world: World, copy: bool = False) -> dict[str, Tensor]:
+def shard_tensors(
+    state: TrainState, *, world: World, into: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """This rank's rows of every tensor, on the CPU; of a second copy only what is its own.
 
     Args:
         state: of the run.
         world: the ranks.
-        copy: share no memory with the state, which may then change.
+        into: copy to these tensors, which are made where they are missing or of another shape, so
+            that the state may change; None: what is on the CPU already shares the state's memory.
     """
     tensors: dict[str, Tensor] = {_RNG_CPU: torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -86,26 +91,27 @@ def shard_tensors(state: TrainState, *, world: World, copy: bool = False) -> dic
                     tensors.update({f"optim.{key}{part}.{name}": t for part, t in parts})
         tensors.update(_numbers(moments))
         tensors[_STEP] = torch.tensor([float(len(moments))])
-    found: dict[str, Tensor] = {}
-    owners: set[int] = set()  # some libraries give all parameters one table, which is written often
-    for name, value in tensors.items():
-        tensor = _on_host(local(value), copy=copy)
-        seen = tensor.numel() > 0 and tensor.data_ptr() in owners
-        found[name] = tensor.clone() if seen else tensor
-        owners.add(tensor.data_ptr())
-    return found
+    own = {name: local(value).detach() for name, value in tensors.items()}
+    if into is None:
+        return {name: tensor.cpu().contiguous() for name, tensor in own.items()}
+    return {name: _copied(tensor, into, name) for name, tensor in own.items()}
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of one rank."""
-    from safetensors.torch import save_file
+def _copied(tensor: Tensor, into: dict[str, Tensor], name: str) -> Tensor:
+    """A copy in memory that is kept from save to save: getting fresh pages takes far longer."""
+    kept = into.get(name)
+    if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+        kept = into[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+    return kept.copy_(tensor)
 
-    save_file(dict(tensors), path)
 
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write the tensors of one rank, synced; returns the file's `name`, `size` and `sha256`.
 
-def _on_host(tensor: Tensor, *, copy: bool) -> Tensor:
-    found = tensor.detach().cpu().contiguous()
-    return found.clone() if copy and found.data_ptr() == tensor.data_ptr() else found
+    Raises:
+        StorageError: the disk is full or the place is not writable.
+    """
+    return safe_io.write_hashed(path, file_parts(tensors))
 
 
 def read_shards(

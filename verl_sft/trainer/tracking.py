@@ -6,8 +6,8 @@ object per optimizer step, whatever was killed and resumed in between.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -48,7 +48,7 @@ class Tracker:
     ) -> None:
         self._path = directory / METRICS_FILE
         cut_metrics(self._path, last_step=start_step)
-        self._stream = self._path.open("a", encoding="utf-8")
+        self._lines, self._refused = safe_io.LineFile(self._path), False
         self._board = _open_board(directory, start_step) if "tensorboard" in loggers else None
         self._console = "console" in loggers
         self._bar = _open_bar(start_step, total_steps) if self._console else None
@@ -60,19 +60,20 @@ class Tracker:
         self._remotes = [Remote(name, info=info, say=self.say) for name in names if info]
 
     def log_step(self, metrics: Metrics) -> None:
-        """Record one optimizer step; it is on disk when this returns.
+        """Record one optimizer step.
 
-        What is not a finite number (a validation loss of a model that diverged) has no place in
-        JSON and is left out.
+        A line that does not fit on the disk is told, and waits for the next save, which fails if it
+        still does not. What is not a finite number (a validation loss of a model that diverged) has
+        no place in JSON and is left out.
         """
         metrics = {k: v for k, v in metrics.items() if not isinstance(v, float) or isfinite(v)}
-        self._stream.write(json.dumps(metrics, allow_nan=False) + "\n")
-        self._stream.flush()
+        problem = self._lines.add(json.dumps(metrics, allow_nan=False))
+        if problem is not None and not self._refused:
+            self.say(f"WARNING, lines wait in memory: {problem}")
+        self._refused = problem is not None
         step = int(metrics["step"])
         named = {name: value for name, value in metrics.items() if "/" in name}
-        if self._board is not None:
-            for name, value in named.items():
-                self._board.add_scalar(name, value, step)
+        self._draw_on_board(named, step=step)
         for remote in self._remotes:
             remote.log(named, step=step)
         if self._bar is not None:
@@ -89,19 +90,28 @@ class Tracker:
 
     def sync(self) -> None:
         """Force the metrics to the disk, before the checkpoint that follows from them."""
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        self._lines.sync()
 
     def close(self) -> None:
         """Close all loggers; trackers get a while to finish."""
         if self._bar is not None:
             self._bar[0].stop()
             self._bar = None
-        self._stream.close()
-        if self._board is not None:
-            self._board.close()
+        with contextlib.suppress(OSError):  # what it shows is in the lines as well
+            if self._board is not None:
+                self._board.close()
         for remote in self._remotes:
             remote.close()
+        self._lines.close()
+
+    def _draw_on_board(self, named: Metrics, *, step: int) -> None:
+        try:
+            for name, value in named.items():
+                if self._board is not None:
+                    self._board.add_scalar(name, value, step)
+        except OSError as error:
+            self._board = None
+            self.say(f"WARNING, TensorBoard gets no more figures of this run: {error}")
 
     def _shows(self, step: int, metrics: Metrics) -> bool:
         told = any(name.startswith(("val/", "env/")) for name in metrics)

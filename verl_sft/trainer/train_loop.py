@@ -136,10 +136,11 @@ class TrainLoop:
             world=world,
             keep=config.trainer.max_ckpt_to_keep,
             beside=config.trainer.async_save,
+            warn=config.trainer.on_save_error == "warn",
+            say=self._say,
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.stop_asked = False
-        self._saved_step = -1
         self._lengths = train_data.lengths
         model.keep_losses = config.trainer.loss_breakdown
         dtype = str(compute_dtype(config.engine.dtype, device=world.device)).removeprefix("torch.")
@@ -150,9 +151,10 @@ class TrainLoop:
             budget=config.data.token_budget,
         )
 
-    def resume(self, progress: TrainProgress) -> None:
-        """Go on from a loaded checkpoint."""
-        self.progress, self._saved_step = progress, progress.step
+    def resume(self, progress: TrainProgress, *, path: Path | None = None) -> None:
+        """Go on from a loaded checkpoint, verified if its `path` is given."""
+        self.progress = progress
+        self.saver.start_from(progress.step, path=path)
 
     def fit(self) -> TrainProgress:
         """Train from `progress` to the end of the plan, validating and saving on the way.
@@ -248,16 +250,11 @@ class TrainLoop:
         )
 
     def save(self, *, wait: bool = True) -> None:
-        """Write a checkpoint of this step, unless there is one; `wait` until it is published."""
+        """Write a checkpoint of this step, unless there is one; with `wait` it must succeed."""
         with self._watch("the save of step"):
-            if self._saved_step != self.progress.step:
-                if self.tracker:
-                    self.tracker.sync()
-                state = TrainState(self.model, self.optimizer)
-                self.saver.save(state, progress=self.progress)
-                self._saved_step = self.progress.step
-            if wait:
-                self.saver.finish()
+            state = TrainState(self.model, self.optimizer)
+            sync = self.tracker.sync if self.tracker else None
+            self.saver.save(state, progress=self.progress, last=wait, before=sync)
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of update number `step`, counted from 0."""
@@ -376,6 +373,8 @@ class TrainLoop:
                 remaining=self.plan.total_steps - progress.step,
             ),
         }
+        if self.saver.failed:
+            metrics["train/saves_failed"] = self.saver.failed
         if outcome.skipped:
             return flagged(metrics, names=outcome.skipped, total=progress.skipped)
         return metrics
