@@ -20,6 +20,7 @@ NAMES = (
     "records",
     "plan",
     "memory",
+    "save",
     "train",
     "parallel",
 )

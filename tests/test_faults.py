@@ -354,10 +354,10 @@ def test_a_failed_thread_fails_all_ranks(model: Path, tmp_path: Path) -> None:
         if trainer.world.rank == 1:
             write = saving.write_shard
 
-            def full(path: Path, tensors: Any) -> Any:
+            def full(path: Path, tensors: Any, **given: Any) -> Any:
                 if "global_step_2." in str(path):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return write(path, tensors)
+                return write(path, tensors, **given)
 
             saving.write_shard = full
 

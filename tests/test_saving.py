@@ -215,8 +215,8 @@ def test_a_part_that_is_not_here_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     saver, _ = make_saver(tmp_path / "run")
     write = saving.write_shard
 
-    def elsewhere(path: Path, tensors: Any) -> dict[str, Any]:
-        facts = write(path, tensors)
+    def elsewhere(path: Path, tensors: Any, **given: Any) -> dict[str, Any]:
+        facts = write(path, tensors, **given)
         path.unlink()
         return facts
 
@@ -233,10 +233,10 @@ def test_one_rank_fails_for_all(tmp_path: Path) -> None:
     def fail(trainer: Any) -> None:
         write = saving.write_shard
 
-        def full(path: Path, tensors: Any) -> Any:
+        def full(path: Path, tensors: Any, **given: Any) -> Any:
             if trainer.world.rank == 1 and any(f"_step_{n}." in str(path) for n in (2, 6)):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return write(path, tensors)
+            return write(path, tensors, **given)
 
         saving.write_shard = full
 

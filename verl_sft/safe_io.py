@@ -18,13 +18,16 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from verl_sft.errors import InputError, RunBusyError, StorageError
 
 _DIGEST_CHARS = 16
+# Made once: `dumps` makes one per call.
+_AS_IT_IS, _SORTED = (json.JSONEncoder(allow_nan=False, sort_keys=sort) for sort in (False, True))
 _SMALL, _BLOCK = 1 << 16, 1 << 23  # bytes: what is worth a call of its own, and what one call gets
 
 
@@ -33,6 +36,8 @@ def dump_json(value: Any, *, indent: int | None = None, sort: bool = False) -> s
 
     The order is part of the data: chat templates print tool schemas and arguments as they stand.
     """
+    if indent is None:
+        return (_SORTED if sort else _AS_IT_IS).encode(value)
     return json.dumps(value, sort_keys=sort, ensure_ascii=True, allow_nan=False, indent=indent)
 
 
@@ -59,10 +64,17 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_hashed(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
+def write_hashed(
+    path: Path, parts: Iterable[memoryview], *, need: int | None = None
+) -> dict[str, Any]:
     """Write a new file from bytes in memory and force it to the disk; nothing is read back.
 
     A thread hashes the same bytes meanwhile. They must not change until this returns.
+
+    Args:
+        path: of the file.
+        parts: its bytes in order, made as they are written.
+        need: their number, for the message if there is no space.
 
     Returns:
         The file's `name`, `size` in bytes and `sha256`.
@@ -70,46 +82,47 @@ def write_hashed(path: Path, parts: Iterable[memoryview]) -> dict[str, Any]:
     Raises:
         StorageError: the disk is full or the place is not writable; a part of the file may be left.
     """
-    blocks = _blocks(parts)
-    digest, need = hashlib.sha256(), sum(len(block) for block in blocks)
+    digest, size = hashlib.sha256(), 0
+    queue: SimpleQueue[memoryview | None] = SimpleQueue()
 
     def hash_all() -> None:
-        for block in blocks:
+        for block in iter(queue.get, None):
             digest.update(block)
 
     thread = threading.Thread(target=hash_all, name="sha256")
     thread.start()
     try:
-        _write_synced(path, blocks)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            for block in _blocks(parts):
+                queue.put(block)
+                size += len(block)
+                while block:
+                    block = block[os.write(descriptor, block) :]
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise storage_error(error, path, need=need) from error
     finally:
+        queue.put(None)
         thread.join()
-    return {"name": path.name, "size": need, "sha256": digest.hexdigest()}
+    return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 
-def _blocks(parts: Iterable[memoryview]) -> list[memoryview]:
+def _blocks(parts: Iterable[memoryview]) -> Iterator[memoryview]:
     """The same bytes: small parts joined, large ones cut, so that calls to the system are few."""
-    found: list[memoryview] = []
     joined = bytearray()
     for part in parts:
-        if len(part) < _SMALL:
+        if len(part) < _SMALL and len(joined) < _BLOCK:
             joined += part
             continue
-        found += [memoryview(joined), *(part[i : i + _BLOCK] for i in range(0, len(part), _BLOCK))]
+        if joined:
+            yield memoryview(joined)
         joined = bytearray()
-    return [block for block in [*found, memoryview(joined)] if block]
-
-
-def _write_synced(path: Path, blocks: Sequence[memoryview]) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-    try:
-        for block in blocks:
-            while block:
-                block = block[os.write(descriptor, block) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield from (part[i : i + _BLOCK] for i in range(0, len(part), _BLOCK))
+    if joined:
+        yield memoryview(joined)
 
 
 @contextlib.contextmanager

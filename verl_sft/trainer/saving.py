@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class _Pending:
         """Check and write this rank's file; what goes wrong is kept for `finish`."""
         try:
             with _writing(self.shard):
-                _check_finite(self.tensors, where=self.final)
-                self.facts = write_shard(self.shard, self.tensors)
+                check = partial(check_finite, where=self.final)
+                self.facts = write_shard(self.shard, self.tensors, check=check)
         except BaseException as error:
             self.error = error
         finally:
@@ -221,20 +222,19 @@ class Saver:
             self._say(f"SAVE FAILED ({self.failed} so far), the run goes on: {error}")
 
 
-def _check_finite(tensors: Mapping[str, Tensor], *, where: Path) -> None:
+def check_finite(name: str, tensor: Tensor, *, where: Path) -> None:
     """A healthy checkpoint must never be followed, and rotated out, by a broken one."""
-    for name, tensor in tensors.items():
-        absent = name.startswith(NUMBER)  # there NaN stands for a number that is not there
-        if absent or not tensor.is_floating_point() or tensor.numel() == 0:
-            continue
-        wide = tensor.float() if tensor.element_size() == 1 else tensor  # no arithmetic in 8 bits
-        if not all(bool(end.isfinite()) for end in wide.aminmax()):  # NaN wins both; no copy
-            raise NonFiniteError(
-                f"{name} holds NaN or infinity and is not saved",
-                where=str(where),
-                why="The checkpoints before it are untouched",
-                fix="Lower optim.lr, set optim.clip_grad, or use engine.model_dtype=fp32",
-            )
+    absent = name.startswith(NUMBER)  # there NaN stands for a number that is not there
+    if absent or not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # no arithmetic in 8 bits
+    if not all(bool(end.isfinite()) for end in wide.aminmax()):  # NaN wins both; no copy
+        raise NonFiniteError(
+            f"{name} holds NaN or infinity and is not saved",
+            where=str(where),
+            why="The checkpoints before it are untouched",
+            fix="Lower optim.lr, set optim.clip_grad, or use engine.model_dtype=fp32",
+        )
 
 
 def _check_size(file: Path, *, size: int) -> None:

@@ -6,7 +6,7 @@ An optimizer's state of a parameter is rows like the parameter's (AdamW's moment
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,13 +105,24 @@ def _copied(tensor: Tensor, into: dict[str, Tensor], name: str) -> Tensor:
     return kept.copy_(tensor)
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def write_shard(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    check: Callable[[str, Tensor], None] | None = None,
+) -> dict[str, Any]:
     """Write the tensors of one rank, synced; returns the file's `name`, `size` and `sha256`.
+
+    Args:
+        path: of the file.
+        tensors: by name.
+        check: of each tensor before it is written; what it raises leaves a part of the file.
 
     Raises:
         StorageError: the disk is full or the place is not writable.
     """
-    return safe_io.write_hashed(path, file_parts(tensors))
+    need = sum(tensor.nbytes for tensor in tensors.values())
+    return safe_io.write_hashed(path, file_parts(tensors, check=check), need=need)
 
 
 def read_shards(

@@ -7,7 +7,7 @@ unhashed, so that it has to be read again.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -33,11 +33,14 @@ _ORDER = list(_NAMES)
 _ALIGN = 8  # bytes, of the header; wide elements first then keep every tensor aligned
 
 
-def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
+def file_parts(
+    tensors: Mapping[str, Tensor], *, check: Callable[[str, Tensor], None] | None = None
+) -> Iterator[memoryview]:
     """The bytes that `safetensors` would write, in order; they share the tensors' memory.
 
     Args:
         tensors: by name, contiguous, on the CPU.
+        check: looks at each tensor just before its bytes are given out.
     """
     order = sorted(tensors, key=lambda name: (_ORDER.index(tensors[name].dtype), name))
     header: dict[str, object] = {}
@@ -54,4 +57,6 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[memoryview]:
     text += b" " * (-len(text) % _ALIGN)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in order:
+        if check is not None:
+            check(name, tensors[name])
         yield tensors[name].reshape(-1).view(torch.uint8).numpy().data
