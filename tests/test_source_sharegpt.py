@@ -140,7 +140,7 @@ def test_an_edited_text_wins_over_what_was_kept() -> None:
         ({"system": 5}, "system", "NO_TEXT"),
         ({"tools": "[{]"}, "tools", "BAD_JSON"),
         ({"tools": {"a": 1}}, "tools", "BAD_TYPE"),
-        ({"verl_sft": {"seed": "x"}}, "verl_sft", "BAD_VALUE"),
+        ({"verl_sft": {"seed": "x"}}, "verl_sft.seed", "BAD_VALUE"),
         ({"verl_sft": 5}, "verl_sft", "BAD_TYPE"),
     ],
 )

@@ -10,6 +10,10 @@ from verl_sft.types import JSON, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_CHARS = 16_000_000  # of one text
+MESSAGE_KEYS = frozenset(
+    {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+)
+_PLAIN_KEYS = frozenset({"role", "content"})
 WEIGHT_ALIASES = ("loss_mask", "loss", "weight", "loss_weight", "trainable", "train")
 
 
@@ -29,12 +33,14 @@ def parse_messages(value: Any, field: str) -> tuple[tuple[Message, ...], dict[in
     messages: list[Message] = []
     flags: dict[int, float] = {}
     for index, item in enumerate(items):
-        where = f"{field}[{index}]"
-        entry = struct(item, where)
+        entry = item if type(item) is dict else struct(item, f"{field}[{index}]")
         messages.append(parse_message(entry, field, index))
+        if entry.keys() <= MESSAGE_KEYS:  # nearly all messages
+            continue
         alias = next((a for a in WEIGHT_ALIASES if entry.get(a) is not None), None)
         if alias is None:
             continue
+        where = f"{field}[{index}]"
         flags[index] = weight_of(entry[alias], f"{where}.{alias}")
         if flags[index] > 0 and messages[-1].role != "assistant":
             raise BadRowError(
@@ -66,12 +72,17 @@ def parse_message(entry: JSON, field: str, index: int) -> Message:
     Raises:
         BadRowError: it is not one of OpenAI's chat format.
     """
-    where = f"{field}[{index}]"
+    content = entry.get("content")
+    if entry.keys() <= _PLAIN_KEYS and type(content) is str:  # nearly all messages
+        message = Message(entry.get("role") or "", content)
+        check_message(message, field, index)
+        return message
     calls = entry.get("tool_calls")
+    where = f"{field}[{index}].tool_calls"
     if isinstance(calls, str):
-        calls = json_of(calls, f"{where}.tool_calls")
+        calls = json_of(calls, where)
     if calls is not None and not isinstance(calls, list):
-        raise BadRowError(f"{where}.tool_calls", "BAD_TYPE", "tool_calls is not a list")
+        raise BadRowError(where, "BAD_TYPE", "tool_calls is not a list")
     known = {**entry, "role": entry.get("role") or "", "tool_calls": calls or None}
     message = Message.from_json(known)
     check_message(message, field, index)
@@ -148,3 +159,27 @@ def check_order(messages: Sequence[Message], field: str) -> None:
             if message.tool_call_id and known and message.tool_call_id not in known:
                 text = f"no call before it has the id {message.tool_call_id!r:.40}"
                 raise BadRowError(f"{place}.tool_call_id", "UNKNOWN_CALL", text)
+
+
+def check_learned(
+    messages: Sequence[Message], supervise: Sequence[int] | None, weights: Sequence[float] | None
+) -> None:
+    """Raise where indices and weights of learned messages are not those of answers.
+
+    Raises:
+        BadRowError: names the column.
+    """
+    if supervise is None:
+        need_answer(messages, "messages")
+        return
+    if not supervise:
+        raise BadRowError("supervise", "NOTHING_LEARNED", "no message of the row is learned")
+    for index in supervise:
+        if not 0 <= index < len(messages) or messages[index].role != "assistant":
+            message = f"index {index} is not an assistant message"
+            raise BadRowError("supervise", "BAD_INDEX", message)
+    if weights is not None and len(weights) != len(supervise):
+        message = f"{len(weights)} weights for {len(supervise)} learned messages"
+        raise BadRowError("weights", "BAD_LENGTH", message)
+    for value in weights or ():
+        weight_of(value, "weights")

@@ -9,7 +9,7 @@ from pathlib import Path
 from verl_sft.errors import InputError
 from verl_sft.records.files import Row, open_rows
 from verl_sft.records.parse import ReadOptions, Reject
-from verl_sft.records.schema import SFTRecord
+from verl_sft.records.schema import SFTRecord, located
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.custom import custom_format
 from verl_sft.records.values import BadRowError
@@ -48,7 +48,7 @@ def _read_file(path: Path, options: ReadOptions, reject: RejectSink | None) -> I
             if isinstance(found, SFTRecord):
                 if options.mask_history:
                     found = _last_only(found)
-                yield replace(found, source=f"{path.name}:{index}")
+                yield located(found, source=f"{path.name}:{index}")
             elif reject is not None:
                 reject(Reject(str(path), index, found.field, found.code, found.message, found.fix))
             else:

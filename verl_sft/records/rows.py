@@ -22,7 +22,8 @@ _FIELDS = {
 }
 
 
-_OTHERS = tuple(c for c in COLUMNS if c not in ("messages", "messages_json"))
+_OTHERS = frozenset(COLUMNS) - {"messages", "messages_json"}
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def record_to_row(record: SFTRecord) -> JSON:
@@ -61,17 +62,27 @@ def row_to_record(row: Mapping[str, Any]) -> SFTRecord:
     Raises:
         ColumnError: a column does not hold JSON where it should, or a value of the wrong type.
     """
-    known: JSON = {}
-    column = "messages_json"
     try:
-        known["messages"] = tuple(Message.from_json(m) for m in load_json(row.get(column)))
-        for column in _OTHERS:
-            value = row.get(column)
-            if value is not None:
+        messages = tuple(Message.from_json(m) for m in load_json(row.get("messages_json")))
+    except _DAMAGE as error:
+        raise ColumnError("messages_json", str(error) or type(error).__name__) from error
+    return SFTRecord(messages=messages, **decode_columns(row))
+
+
+def decode_columns(row: Mapping[str, Any]) -> JSON:
+    """The fields of `SFTRecord`, but for the messages, that the columns of a row say.
+
+    Raises:
+        ColumnError: as `row_to_record`.
+    """
+    known: JSON = {}
+    for column, value in row.items():
+        if value is not None and column in _OTHERS:
+            try:
                 known[_FIELDS.get(column, column)] = _decode(column, value)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ColumnError(column, str(error) or type(error).__name__) from error
-    return SFTRecord(**known)
+            except _DAMAGE as error:
+                raise ColumnError(column, str(error) or type(error).__name__) from error
+    return known
 
 
 def message_text(message: Message) -> str:

@@ -8,7 +8,8 @@ would leak the keys of other rows into prompts as nulls.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from verl_sft.types import JSON, Message
@@ -90,3 +91,12 @@ class SFTRecord:
     extra_info: Mapping[str, Any] = field(default_factory=dict)
     meta: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+
+
+def located(record: SFTRecord, *, source: str) -> SFTRecord:
+    """The record with its place; `dataclasses.replace` takes three times as long for each row."""
+    values: list[Any] = [*_ALL_BUT_SOURCE(record), source]
+    return SFTRecord(*values)
+
+
+_ALL_BUT_SOURCE = attrgetter(*[f.name for f in fields(SFTRecord)][:-1])

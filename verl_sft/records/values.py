@@ -1,4 +1,8 @@
-"""Values of a row as they come, numpy, Arrow or JSON text; what cannot be read is refused."""
+"""Values of a row, as they are or as JSON text; what cannot be read is refused.
+
+Every row is plain before a format sees it: files give no other values, and `custom.as_record`
+makes those of the user's own code so.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +60,6 @@ def sequence(value: Any, field: str) -> list[Any]:
     Raises:
         BadRowError: it is not.
     """
-    value = plain(value)
     if isinstance(value, str):
         value = json_of(value, field)
     if not isinstance(value, list):

@@ -7,19 +7,27 @@ in `meta`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from verl_sft.records.build import opening_hash
-from verl_sft.records.messages import need_answer, parse_messages
+from verl_sft.records.messages import MESSAGE_KEYS, need_answer, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.rows import float32
 from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.records.sources.base import SourceFormat
-from verl_sft.records.sources.shared import KEY, added, from_extras, object_of, tools_of
-from verl_sft.records.values import BadRowError, json_of, plain, sequence
+from verl_sft.records.sources.shared import (
+    KEY,
+    added,
+    kept_fields,
+    noted,
+    object_of,
+    tools_of,
+)
+from verl_sft.records.values import BadRowError, json_of, sequence
 from verl_sft.safe_io import dump_json
 from verl_sft.types import JSON, Message
 
@@ -27,8 +35,9 @@ NO_ADVANTAGES = "no advantages: every answer is learned"
 _NAME = "agentrl"  # in `meta`: the fields of the row, where the columns do not say them
 _MAPS = ("scores", "advantages", "created_at_step", "logprobs")
 _REST = ("reward", "step", "record_id", "split", "fetched", "_id")
+_SAID = {*_MAPS, "reward", "step", "record_id"}  # fields that columns can say
 _FIELDS = "message_fields"  # in `_NAME`: what a message holds that has no field of its own
-_KNOWN = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
+_WHOLE, _NUMBER = (int,), (int, float)
 
 
 def _detect(row: JSON) -> bool:
@@ -40,29 +49,32 @@ def _detect(row: JSON) -> bool:
 def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     entries = [_modern(entry) for entry in sequence(row.get("messages"), "messages")]
     messages, flags = parse_messages(entries, "messages")
+    answers = _answers(messages)
     need_answer(messages, "messages")
     own = _own_fields(row, entries)
     kept = object_of(row.get(KEY), KEY)
-    columns = _columns(own, messages)
-    meta: JSON = {}
     advantages = _checked(own.get("advantages") or {}, messages)
+    learned = _learned(advantages, flags, kept, answers=answers, options=options)
+    # What is learned goes the way of the kept columns, which is checked.
+    fields = kept_fields({**_columns(own, messages), **kept, **learned})
+    fields["tools"] = tools_of(row.get("tools"), "tools")
+    meta = fields.pop("meta", {})
+    if own.keys() != _SAID or own != _own(answers, fields):
+        meta = {**meta, _NAME: own}
     if not advantages and flags is None:
-        meta[NOTE] = NO_ADVANTAGES
-    kept = kept | _learned(advantages, flags, kept, messages=messages, options=options)
-    record = from_extras(
-        {**columns, **kept}, messages=messages, tools=tools_of(row.get("tools"), "tools")
-    )
-    if own != _own(record):
-        meta[_NAME] = own
-    return (replace(record, meta={**record.meta, **meta}) if meta else record,)
+        meta = {**meta, NOTE: NO_ADVANTAGES}
+    return (SFTRecord(messages, meta=meta, **fields),)
 
 
 def _write(record: SFTRecord) -> Iterable[JSON]:
     learned = _answers(record.messages) if record.supervise is None else record.supervise
     if not learned:
         raise BadRowError("supervise", "NOTHING_LEARNED", "the record teaches nothing")
-    own = record.meta.get(_NAME)
-    own = dict(own) if isinstance(own, dict) else _own(record)
+    said = _own(
+        learned,
+        {"supervise": learned, "reward": record.reward, "episode_id": record.episode_id},
+    )
+    own = noted(record, name=_NAME, said=said)
     given = own.get("advantages")
     if given or record.supervise is not None:  # the map is what AgentRL learns by
         before = given if isinstance(given, dict) else {}
@@ -84,7 +96,9 @@ def _write(record: SFTRecord) -> Iterable[JSON]:
 
 def _modern(entry: Any) -> Any:
     """A message with OpenAI's old `function_call` as the tool call that it is."""
-    old = entry.get("function_call") if isinstance(entry, dict) else None
+    if type(entry) is not dict or "function_call" not in entry:
+        return entry
+    old = entry["function_call"]
     if not isinstance(old, dict) or entry.get("tool_calls"):
         return entry
     rest = {k: v for k, v in entry.items() if k != "function_call"}
@@ -94,31 +108,46 @@ def _modern(entry: Any) -> Any:
 def _own_fields(row: JSON, entries: Sequence[Any]) -> JSON:
     """The fields of the row as JSON: maps in the order of their keys, which are text."""
     own: JSON = {}
+    size = len(entries)
     for name in _MAPS:
         if name in row:
-            value = index_map(row[name], name, size=len(entries))
-            own[name] = value if value is None else {str(i): value[i] for i in sorted(value)}
-    for name, kinds in (("scores", int | float), ("created_at_step", int)):
+            own[name] = _in_order(row[name], name, size=size)
+    for name, kinds in (("scores", _NUMBER), ("created_at_step", _WHOLE)):
         for key, value in (own.get(name) or {}).items():
             if value is not None and not _is_number(value, kinds):
                 text = f"{value!r:.40} is not a finite number"
                 raise BadRowError(f"{name}.{key}", "BAD_VALUE", text)
-    own |= {name: plain(row[name]) for name in _REST if name in row}
-    for name, kinds in (("reward", int | float), ("step", int)):
+    own |= {name: row[name] for name in _REST if name in row}
+    for name, kinds in (("reward", _NUMBER), ("step", _WHOLE)):
         if own.get(name) is not None and not _is_number(own[name], kinds):
             raise BadRowError(name, "BAD_VALUE", f"{own[name]!r:.40} is not a number")
     more = {
-        str(i): {k: v for k, v in entry.items() if k not in _KNOWN and v is not None}
+        str(i): {k: v for k, v in entry.items() if k not in MESSAGE_KEYS and v is not None}
         for i, entry in enumerate(entries)
-        if isinstance(entry, dict)
+        if isinstance(entry, dict) and not entry.keys() <= MESSAGE_KEYS
     }
-    try:
-        dump_json([own.get("logprobs"), more])
-    except ValueError as error:
-        raise BadRowError("logprobs", "BAD_VALUE", f"not JSON: {error}") from error
+    logprobs = own.get("logprobs")
+    if more or (logprobs and any(value is not None for value in logprobs.values())):
+        try:
+            dump_json([logprobs, more])
+        except ValueError as error:
+            raise BadRowError("logprobs", "BAD_VALUE", f"not JSON: {error}") from error
     if more := {i: fields for i, fields in more.items() if fields}:
         own[_FIELDS] = more
     return own
+
+
+def _in_order(value: Any, field: str, *, size: int) -> JSON | None:
+    """A map from message index to anything as an object, its keys as text in their order."""
+    if type(value) is dict and value.keys() <= _indices(size):  # as AgentRL writes it
+        return {key: value[key] for key in sorted(value, key=int)} if len(value) > 1 else value
+    found = index_map(value, field, size=size)
+    return found if found is None else {str(i): found[i] for i in sorted(found)}
+
+
+@functools.lru_cache(maxsize=1024)
+def _indices(size: int) -> frozenset[str]:
+    return frozenset(map(str, range(size)))
 
 
 def index_map(value: Any, field: str, *, size: int) -> dict[int, Any] | None:
@@ -127,7 +156,6 @@ def index_map(value: Any, field: str, *, size: int) -> dict[int, Any] | None:
     Raises:
         BadRowError: it is no map, or a key is not the index of one of `size` messages.
     """
-    value = plain(value)
     if isinstance(value, str):
         value = json_of(value, field)
     if value is None:
@@ -138,7 +166,7 @@ def index_map(value: Any, field: str, *, size: int) -> dict[int, Any] | None:
         where = f"{field}.{key}"
         if isinstance(key, str) and key.isascii() and key.isdecimal():
             key = int(key[:20])  # a longer number is out of range all the same
-        if not _is_number(key, int):
+        if not _is_number(key, _WHOLE):
             raise BadRowError(where, "BAD_INDEX", f"{key!r:.40} is not the index of a message")
         if not 0 <= key < size:
             raise BadRowError(where, "BAD_INDEX", f"there are {size} messages, from 0")
@@ -166,7 +194,7 @@ def _checked(advantages: Mapping[str, Any], messages: Sequence[Message]) -> dict
     found: dict[int, float] = {}
     for key, value in advantages.items():
         where, index = f"advantages.{key}", int(key)
-        if not _is_number(value, int | float):
+        if not _is_number(value, _NUMBER):
             raise BadRowError(where, "BAD_VALUE", f"{value!r:.40} is not a finite number")
         if messages[index].role != "assistant":
             text = f"message {index} is of role '{messages[index].role}', which is not learned"
@@ -180,11 +208,10 @@ def _learned(
     flags: Mapping[int, float] | None,
     kept: JSON,
     *,
-    messages: Sequence[Message],
+    answers: Sequence[int],
     options: ReadOptions,
 ) -> JSON:
     """`supervise` and `weights`: by advantages and flags; as kept where that says the same."""
-    answers = _answers(messages)
     chosen = [i for i in sorted(advantages) or answers if flags is None or i in flags]
     supervise = kept.get("supervise", chosen if advantages or flags is not None else None)
     weights = kept.get("weights")
@@ -227,11 +254,11 @@ def _columns(own: JSON, messages: Sequence[Message]) -> JSON:
     return found
 
 
-def _own(record: SFTRecord) -> JSON:
+def _own(answers: Sequence[int], fields: JSON) -> JSON:
     """The fields of a row as far as the columns of a record say them."""
-    learned = _answers(record.messages) if record.supervise is None else sorted(record.supervise)
-    reward = None if record.reward is None else float32(record.reward)
-    score = 1.0 if reward is None else reward
+    learned = sorted(fields.get("supervise") or answers)
+    reward = fields.get("reward")
+    score = 1.0 if reward is None else float32(reward)
     return {
         "scores": {str(i): score for i in learned},
         "advantages": {str(i): 1.0 for i in learned},
@@ -239,7 +266,7 @@ def _own(record: SFTRecord) -> JSON:
         "logprobs": {str(i): None for i in learned},
         "reward": score,
         "step": -1,
-        "record_id": record.episode_id or None,
+        "record_id": fields.get("episode_id") or None,
     }
 
 
@@ -247,8 +274,8 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     return [i for i, m in enumerate(messages) if m.role == "assistant"]
 
 
-def _is_number(value: Any, kinds: Any) -> bool:
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and math.isfinite(value)
 
 
 AGENTRL = SourceFormat(

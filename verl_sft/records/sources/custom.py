@@ -11,7 +11,7 @@ from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.own import OWN
 from verl_sft.records.sources.verl import VERL
-from verl_sft.records.values import BadRowError
+from verl_sft.records.values import BadRowError, plain
 from verl_sft.types import JSON
 
 
@@ -40,7 +40,7 @@ def as_record(value: Any, *, options: ReadOptions) -> SFTRecord:
         return value
     if not isinstance(value, Mapping):
         raise BadRowError("", "NOT_AN_OBJECT", f"expected a dict, found {type(value).__name__}")
-    row = dict(value)
+    row = plain(dict(value))
     (record,) = (OWN if OWN.detect(row) else VERL).read(row, options)
     assert isinstance(record, SFTRecord)
     return record

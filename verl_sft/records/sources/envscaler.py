@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from verl_sft.records.messages import need_answer, parse_messages
@@ -11,12 +10,12 @@ from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import (
-    KEY,
     added,
-    from_extras,
     learned_by,
+    noted,
+    noting,
     object_of,
-    tools_of,
+    record_of,
     tools_text,
 )
 from verl_sft.safe_io import dump_json
@@ -35,24 +34,13 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     need_answer(messages, "messages")
     own = {name: row.get(name) for name in _FIELDS}
     own["task_info"] = object_of(own["task_info"], "task_info")
-    kept = object_of(row.get(KEY), KEY)
-    record = from_extras(
-        {**_columns(own), **kept},
-        messages=messages,
-        tools=tools_of(row.get("tools"), "tools"),
-        **learned_by(flags),
-    )
-    if own != _own(record):
-        record = replace(record, meta={**record.meta, _NAME: own})
-    return (record,)
+    record = record_of(row, messages=messages, columns=_columns(own), learned=learned_by(flags))
+    return (noting(record, name=_NAME, own=own, said=_own(record)),)
 
 
 def _write(record: SFTRecord) -> Iterable[JSON]:
-    own = record.meta.get(_NAME)
-    if not isinstance(own, dict):
-        own = _own(record)
     row: JSON = {
-        **own,
+        **noted(record, name=_NAME, said=_own(record)),
         "messages": dump_json([m.to_json() for m in record.messages]),
         "tools": tools_text(record.tools),
     }

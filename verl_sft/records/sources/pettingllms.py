@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from verl_sft.records.messages import need_answer, parse_messages
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.sources.shared import (
-    KEY,
     added,
-    from_extras,
     learned_by,
+    noted,
+    noting,
     object_of,
-    tools_of,
+    record_of,
 )
 from verl_sft.types import JSON
 
@@ -38,22 +37,12 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
         isinstance(t, str) for t in texts
     ):
         columns["prompt_data"], columns["response_data"] = texts
-    kept = object_of(row.get(KEY), KEY)
-    record = from_extras(
-        {**columns, **kept},
-        messages=messages,
-        tools=tools_of(row.get("tools"), "tools"),
-        **learned_by(flags),
-    )
-    if metadata != _metadata(record):
-        record = replace(record, meta={**record.meta, _NAME: metadata})
-    return (record,)
+    record = record_of(row, messages=messages, columns=columns, learned=learned_by(flags))
+    return (noting(record, name=_NAME, own=metadata, said=_metadata(record)),)
 
 
 def _write(record: SFTRecord) -> Iterable[JSON]:
-    metadata = record.meta.get(_NAME)
-    if not isinstance(metadata, dict):
-        metadata = _metadata(record)
+    metadata = noted(record, name=_NAME, said=_metadata(record))
     row: JSON = {"messages": [m.to_json() for m in record.messages], "metadata": metadata}
     if record.tools is not None:
         row["tools"] = list(record.tools)

@@ -8,10 +8,10 @@ that a text that was edited in the file is the text that is trained.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
 from typing import Any
 
-from verl_sft.records.rows import message_text, record_to_row, row_to_record
+from verl_sft.records.rows import ColumnError, decode_columns, message_text, record_to_row
 from verl_sft.records.schema import COLUMNS, SFTRecord
 from verl_sft.records.values import BadRowError, json_of, struct
 from verl_sft.safe_io import dump_json
@@ -44,14 +44,50 @@ def from_extras(value: Any, *, messages: Sequence[Message], **known: Any) -> SFT
     Raises:
         BadRowError: they do not hold what their columns hold.
     """
-    given = object_of(value, KEY)
-    row = {**given, "messages_json": "[]", "messages": None, "tools_json": None}
+    return SFTRecord(tuple(messages), **kept_fields(value) | known)
+
+
+def kept_fields(value: Any) -> JSON:
+    """The fields of a record, beside messages and tools, that `extras` kept.
+
+    Raises:
+        BadRowError: they do not hold what their columns hold.
+    """
     try:
-        kept = row_to_record(row)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadRowError(KEY, "BAD_VALUE", f"a kept field cannot be read: {error}") from error
-    values = {f.name: getattr(kept, f.name) for f in fields(SFTRecord)}
-    return SFTRecord(**{**values, "messages": tuple(messages), **known})
+        kept = decode_columns(object_of(value, KEY))
+    except ColumnError as error:
+        where = f"{KEY}.{error.column}"
+        raise BadRowError(where, "BAD_VALUE", f"a kept field cannot be read: {error}") from error
+    kept.pop("tools", None)
+    return kept
+
+
+def record_of(row: JSON, *, messages: Sequence[Message], columns: JSON, learned: JSON) -> SFTRecord:
+    """The record of a row with `tools`: what its own fields say, and over it what `KEY` keeps.
+
+    Args:
+        row: of a file.
+        messages: of the row.
+        columns: column -> value, as the row's own fields say it.
+        learned: fields that win over everything, as `learned_by` gives them.
+
+    Raises:
+        BadRowError: the tools or the kept columns are not what they should be.
+    """
+    fields = kept_fields({**columns, **object_of(row.get(KEY), KEY)})
+    fields["tools"] = tools_of(row.get("tools"), "tools")
+    return SFTRecord(tuple(messages), **fields | learned)
+
+
+def noting(record: SFTRecord, *, name: str, own: JSON, said: JSON) -> SFTRecord:
+    """The record with a row's own fields in `meta[name]`, unless the columns say the same."""
+    return record if own == said else replace(record, meta={**record.meta, name: own})
+
+
+def noted(record: SFTRecord, *, name: str, said: JSON) -> JSON:
+    """The inverse of `noting`: a row's own fields."""
+    own = record.meta.get(name)
+    return dict(own) if isinstance(own, dict) else said
 
 
 def kept_message(message: Message) -> JSON | None:
