@@ -24,7 +24,9 @@ from verl_sft.model.kernels import compile_layers, use_liger
 from verl_sft.model.levers import apply_levers
 from verl_sft.model.loss import LossModel
 from verl_sft.model.noise import add_noise
-from verl_sft.trainer.lever_checks import MATMUL_FILE, check_levers, idle_levers
+from verl_sft.trainer.idle_options import idle_options
+from verl_sft.trainer.option_checks import check_levers
+from verl_sft.trainer.precision import MATMUL_FILE
 
 CPU = torch.device("cpu")
 LORA = {"model__lora_rank": 4, "model__lora_dropout": 0.1}
@@ -326,7 +328,7 @@ def test_missing_packages_name_their_extra(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Said before the first step, not by a traceback in it."""
-    monkeypatch.setattr("verl_sft.trainer.lever_checks.find_compiler", lambda: None)
+    monkeypatch.setattr("verl_sft.trainer.option_checks.find_compiler", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match="C\\+\\+ compiler"):
         check_levers(load_config(TrainConfig, ["engine.use_torch_compile=true"]))
@@ -360,7 +362,7 @@ def test_levers_without_effect_are_said() -> None:
     """Each with its name; where it has its effect, nothing is said."""
 
     def said(*words: str, on_gpu: bool = False) -> list[str]:
-        return idle_levers(load_config(TrainConfig, words), on_gpu=on_gpu)
+        return idle_options(load_config(TrainConfig, words), on_gpu=on_gpu, world_size=1)
 
     assert said() == said("model.enable_activation_offload=true", on_gpu=True) == []
     assert said("model.lora_rank=4", "model.use_dora=true", "optim.loraplus_lr_ratio=16") == []

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from verl_sft.errors import InputError
+from verl_sft.errors import InputError, UsageError
 from verl_sft.prompts.alfworld import DEFAULT
 from verl_sft.records.build import episode_rows
 from verl_sft.records.io import (
@@ -387,7 +387,7 @@ def test_resolve_files(tmp_path: Path) -> None:
     assert len(resolve_files([data, data / "train.parquet"], split="train")) == 2
     assert resolve_files(f"{tmp_path}/*", split="train") == [data / "train.parquet"]  # folders too
     for spec in (tmp_path, tmp_path / "no.parquet"):
-        with pytest.raises(InputError):
+        with pytest.raises(UsageError):
             resolve_files(spec, split="train")
 
 

@@ -26,7 +26,7 @@ from verl_sft.data.sample import make_sample
 from verl_sft.distributed.setup import World
 from verl_sft.errors import StorageError, UsageError
 from verl_sft.safe_io import publish_link
-from verl_sft.trainer.best import check_best, judged, stops_early
+from verl_sft.trainer.best import check_best, check_metric, judged, stops_early
 from verl_sft.trainer.breakdown import LossParts
 from verl_sft.trainer.checkpoint import TrainProgress, list_checkpoints
 from verl_sft.trainer.env_eval import FAILED, run_evaluation
@@ -347,17 +347,27 @@ def test_judging_by_hand() -> None:
 def test_a_metric_that_will_never_be_there() -> None:
     """Early stop without validation rows, an unknown set, games that are never played: refused."""
     stop = TrainerConfig(early_stop_patience=1)
-    check_best(stop, val_sets=[""], validates=True)
-    check_best(replace(stop, best_metric="val/a/loss"), val_sets=["a"], validates=True)
-    check_best(TrainerConfig(), val_sets=[], validates=False)
-    for config, validates in (
-        (stop, False),
-        (replace(stop, best_metric="val/b/loss"), True),
-        (replace(stop, best_metric="env/success_rate"), True),
-        (TrainerConfig(best_metric="val/b/loss"), True),
+    check_best(stop, val_sets=[""])
+    check_best(replace(stop, best_metric="val/a/loss"), val_sets=["a"])
+    check_best(TrainerConfig(), val_sets=[])
+    for config, sets, word in (
+        (stop, [], "early_stop_patience"),
+        (TrainerConfig(export_best=True), [], "export_best"),
+        (replace(stop, best_metric="val/b/loss"), ["a"], "val/a/loss"),
+        (TrainerConfig(best_metric="val/b/loss"), ["a"], "best_metric"),
     ):
-        with pytest.raises(UsageError):
-            check_best(config, val_sets=["a"], validates=validates)
+        with pytest.raises(UsageError, match=word):
+            check_best(config, val_sets=sets)
+    check_metric(TrainerConfig(best_metric="env/success_rate/look", env_eval_freq=5))
+    for changes, word in (
+        ({"best_metric": "env/success_rate"}, "env_eval_freq"),
+        ({"best_metric": "env/succes_rate", "env_eval_freq": 5}, "env/success_rate"),
+        ({"best_metric": "val/los"}, "val/loss"),
+        ({"best_metric": "val/loss_kind/actoin"}, "val/loss_kind/action"),
+        ({"best_metric": "val/loss_kind/action", "loss_breakdown": False}, "loss_breakdown"),
+    ):
+        with pytest.raises(UsageError, match=word):
+            check_metric(TrainerConfig(**changes))
 
 
 def best_run(model: Path, out: Path, **changes: Any) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from verl_sft.data.collate import collate
 from verl_sft.errors import UsageError
 from verl_sft.model.attention import document_kwargs, pick_attention, register_attention
 from verl_sft.model.build import build_model, probe_packing
-from verl_sft.trainer.inputs import ignored_options
+from verl_sft.trainer.idle_options import idle_options
 from verl_sft.trainer.launch import exit_code
 from verl_sft.trainer.optim import lr_factor
 from verl_sft.trainer.status import write_status
@@ -358,7 +358,7 @@ def test_a_key_without_effect_is_said() -> None:
     """Each with its name; a default config, or a key that does have its effect, says nothing."""
 
     def said(*words: str, on_gpu: bool = False) -> list[str]:
-        return ignored_options(load_config(TrainConfig, words), on_gpu=on_gpu)
+        return idle_options(load_config(TrainConfig, words), on_gpu=on_gpu, world_size=1)
 
     assert said() == [] and said("engine.offload=true", on_gpu=True) == []
     assert said("trainer.resume_mode=resume_path", "trainer.resume_from_path=x") == []

@@ -37,7 +37,7 @@ from verl_sft.model.tree_attention import (
 )
 from verl_sft.records.io import write_parquet
 from verl_sft.records.schema import SFTRecord
-from verl_sft.trainer.inputs import check_options
+from verl_sft.trainer.option_checks import check_options
 from verl_sft.trainer.sharing import missed_sharing
 from verl_sft.types import Message
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from verl_sft.errors import UsageError
+from verl_sft.errors import UsageError, VerlSftError
 from verl_sft.registry import unknown_name
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Put the key in front of what an error of the block says about the place."""
+    try:
+        yield
+    except VerlSftError as error:
+        error.where = f"{key}: {error.where}" if error.where else key
+        raise
 
 
 def one_of(key: str, value: str, known: Sequence[str]) -> None:
@@ -23,6 +34,12 @@ def at_least(key: str, value: float, low: float) -> None:
     """Raise unless `value >= low` and finite."""
     if not low <= value < math.inf:
         raise UsageError(f"{key}={value}: must be at least {low}")
+
+
+def above(key: str, value: float, low: float) -> None:
+    """Raise unless `value > low` and finite."""
+    if not low < value < math.inf:
+        raise UsageError(f"{key}={value}: must be more than {low}")
 
 
 def between(key: str, value: float, low: float, high: float) -> None:
@@ -65,7 +82,8 @@ def fraction(key: str, value: float) -> None:
 
 def file_size(key: str, value: str) -> None:
     """Raise unless `value` is a size such as 5GB or 500MB."""
-    if not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]B", str(value).strip(), re.IGNORECASE):
+    found = re.fullmatch(r"(\d+(\.\d+)?)\s*[KMGT]B", str(value).strip(), re.IGNORECASE)
+    if not found or not float(found[1]):
         raise UsageError(f"{key}={value}: no size of a file", fix="Use one such as 5GB or 500MB")
 
 
@@ -79,7 +97,11 @@ def template_text(given: str) -> str:
         return given
     path = Path(given).expanduser()
     if not path.is_file():
-        raise UsageError("no such chat template", where=f"model.custom_chat_template={given}")
+        raise UsageError(
+            "no such file",
+            where=f"model.custom_chat_template={given}",
+            fix="Give a file with a jinja template, or the template itself",
+        )
     return path.read_text("utf-8")
 
 
@@ -89,20 +111,32 @@ def model_folder(key: str, value: str, *, with_tokenizer: bool = True) -> str:
     Raises:
         UsageError: a path with nothing behind it, or a folder without a part of the model.
     """
+    parts = (*_MODEL_PARTS, _TOKENIZER) if with_tokenizer else _MODEL_PARTS
     fix = "Give a folder with config.json, *.safetensors and a tokenizer, or a hub name"
+    return _folder_with(parts, key=key, value=value, fix=fix)
+
+
+def tokenizer_folder(key: str, value: str) -> str:
+    """`value` as a folder that holds a tokenizer, or unchanged if it can only be a hub name.
+
+    Raises:
+        UsageError: a path with nothing behind it, or a folder without a tokenizer.
+    """
+    fix = "Give a folder with a tokenizer.json, or a hub name"
+    return _folder_with((_TOKENIZER,), key=key, value=value, fix=fix)
+
+
+def _folder_with(parts: Sequence[Sequence[str]], *, key: str, value: str, fix: str) -> str:
     folder = Path(value).expanduser()
     if not folder.is_dir():
         if folder.exists() or value.startswith((".", "/", "~")) or value.count("/") > 1:
             raise UsageError("no such folder", where=f"{key}={value}", fix=fix)
         return value
-    for patterns in _MODEL_PARTS if with_tokenizer else _MODEL_PARTS[:-1]:
+    for patterns in parts:
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             raise UsageError(f"no {patterns[0]} there", where=f"{key}={value}", fix=fix)
     return str(folder)
 
 
-_MODEL_PARTS = (
-    ("config.json",),
-    ("*.safetensors",),
-    ("tokenizer.json", "tokenizer*", "vocab*", "spiece.model", "*.tiktoken"),
-)
+_MODEL_PARTS = (("config.json",), ("*.safetensors",))
+_TOKENIZER = ("tokenizer.json", "tokenizer*", "vocab*", "spiece.model", "*.tiktoken")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_sft.config.checks import at_least, file_size, fraction, one_of
+from verl_sft.config.checks import above, at_least, between, file_size, fraction, one_of
 from verl_sft.config.secrets import hide_all
 from verl_sft.config.sources import AgentRLConfig, MongoConfig, RawConfig
 from verl_sft.errors import UsageError
@@ -86,6 +86,8 @@ class DataConfig:
         one_of("data.special_tokens_in_content", self.special_tokens_in_content, _SPECIAL)
         at_least("data.train_batch_size", self.train_batch_size, 1)
         at_least("data.micro_batch_size_per_gpu", self.micro_batch_size_per_gpu, 1)
+        if self.max_token_len_per_gpu is not None:
+            at_least("data.max_token_len_per_gpu", self.max_token_len_per_gpu, 2)
         at_least("data.max_length", self.max_length, 2)
         fraction("data.max_reject_fraction", self.max_reject_fraction)
         at_least("data.val_size", self.val_size, 0)
@@ -100,8 +102,9 @@ class DataConfig:
         at_least("data.prompt_weight", self.prompt_weight, 0)
         if self.num_workers is not None:
             at_least("data.num_workers", self.num_workers, 0)
-        if self.train_max_samples == 0:
-            raise UsageError("data.train_max_samples=0: leaves no row", fix="-1 takes all rows")
+        for key in ("train_max_samples", "val_max_samples"):
+            if (rows := getattr(self, key)) == 0 or rows < -1:
+                raise UsageError(f"data.{key}={rows}: leaves no row", fix="-1 takes all rows")
 
     @property
     def token_budget(self) -> int:
@@ -151,7 +154,13 @@ class ModelConfig:
         one_of("model.checkpoint_policy", self.checkpoint_policy, ("full", "selective"))
         if self.neftune_noise_alpha is not None:
             at_least("model.neftune_noise_alpha", self.neftune_noise_alpha, 0)
-        fraction("model.lora_dropout", self.lora_dropout)
+        at_least("model.lora_alpha", self.lora_alpha, 1)
+        at_least("model.lora_dropout", self.lora_dropout, 0)
+        if self.lora_dropout >= 1:
+            raise UsageError(
+                f"model.lora_dropout={self.lora_dropout}: would drop all that an adapter reads",
+                fix="Use a number from 0 to below 1",
+            )
 
 
 @dataclass
@@ -210,7 +219,7 @@ class OptimConfig:
         for key in ("lr", "eps", "weight_decay", "clip_grad"):
             at_least(f"optim.{key}", getattr(self, key), 0)
         if self.loraplus_lr_ratio is not None:
-            at_least("optim.loraplus_lr_ratio", self.loraplus_lr_ratio, 0)
+            above("optim.loraplus_lr_ratio", self.loraplus_lr_ratio, 0)
         fraction("optim.min_lr_ratio", self.min_lr_ratio)
         at_least("optim.lr_warmup_steps", self.lr_warmup_steps, -1)
         self.lr_scheduler = _SCHEDULES.get(self.lr_scheduler, self.lr_scheduler)
@@ -266,7 +275,7 @@ class TrainerConfig:
         at_least("trainer.step_timeout_s", self.step_timeout_s, 0)
         one_of("trainer.device", self.device, ("auto", "cuda", "cpu"))
         at_least("trainer.total_epochs", self.total_epochs, 1)
-        at_least("trainer.seed", self.seed, 0)
+        between("trainer.seed", self.seed, 0, 2**63 - 1)
         file_size("trainer.max_shard_size", self.max_shard_size)
         if self.total_training_steps is not None:
             at_least("trainer.total_training_steps", self.total_training_steps, 1)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from verl_sft.config.checks import naming
 from verl_sft.config.train import DataConfig
 from verl_sft.data.load import read_options
 from verl_sft.errors import UsageError
@@ -33,7 +34,7 @@ def open_sources(
         UsageError: nothing is named, or a value is wrong.
         InputError: something is not there.
     """
-    if config.train_files is None and not config.mongo.uri:
+    if config.train_files in (None, "", []) and not config.mongo.uri:
         raise UsageError(
             "no training data given",
             where="data.train_files",
@@ -42,7 +43,8 @@ def open_sources(
 
     def named(spec: Any, split: str) -> list[Source]:
         database = database_reader(config.mongo, split, folder=cache / "mongo", say=say)
-        return resolve_sources(spec, split=split, database=database)
+        with naming(f"data.{split}_files"):
+            return resolve_sources(spec, split=split, database=database)
 
     def mongo(split: str) -> list[Source]:
         return mongo_sources(config.mongo, split, folder=cache / "mongo", say=say)

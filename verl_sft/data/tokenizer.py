@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from verl_sft.config.hub import absence, hub_access
 from verl_sft.data.template import TokenizerSpec
 from verl_sft.errors import UsageError
 
@@ -22,11 +23,15 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        with hub_access(str(path)):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path), trust_remote_code=trust_remote_code
+            )
     except (OSError, ValueError) as error:
         raise UsageError(
             f"cannot load a tokenizer: {str(error).splitlines()[0]}",
             where=str(path),
+            why=absence(str(path)),
             fix="Point model.partial_pretrain at a folder with a tokenizer.json",
         ) from error
     if chat_template is not None:

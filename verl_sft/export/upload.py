@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +15,31 @@ from typing import Any
 from verl_sft.errors import StorageError, UsageError
 
 HUB = "hf://"
+DONE = "done"  # how the outcome of an upload begins that arrived
+_USER = re.compile(r"(?<=://)[^/]*@")
 _LAST = "manifest.json"
 _DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
-def check_target(uri: str) -> None:
+def check_target(uri: str, *, key: str = "upload") -> None:
     """Refuse an address that nothing here can write to, before any work is done.
 
+    Args:
+        uri: where to.
+        key: that it was given by.
+
     Raises:
-        UsageError: an unknown scheme, a driver that is not installed, or a hub without a network.
+        UsageError: an unknown scheme, a driver that is not installed, a hub without a network, or
+            a local folder that cannot be made.
     """
-    where = f"upload to {uri}"
+    where = f"{key}={shown(uri)}"
+    scheme, _, place = uri.rpartition("://") if "://" in uri else ("file", "", uri)
+    if not place.strip("/"):
+        raise UsageError("no place is named", where=where, fix="Write s3://bucket/folder")
     if uri.startswith(HUB):
-        if uri.removeprefix(HUB).count("/") < 1:
-            raise UsageError("the repository is not named", where=where, fix="Use hf://user/repo")
+        user, _, name = place.partition("/")
+        if not name or user in ("datasets", "spaces"):
+            raise UsageError("no model repository is named", where=where, fix="Use hf://user/repo")
         if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise UsageError(
                 "HF_HUB_OFFLINE is set", where=where, fix="Unset it, or copy to another place"
@@ -35,7 +47,11 @@ def check_target(uri: str) -> None:
         return
     import fsspec
 
-    scheme = uri.partition("://")[0] if "://" in uri else "file"
+    if scheme in ("file", "local"):
+        folder = Path(place).expanduser().absolute()
+        first = next(p for p in (folder, *folder.parents) if p.exists())
+        if not (first.is_dir() and os.access(first, os.W_OK)):
+            raise UsageError("nothing can be written there", where=where, fix="Choose another")
     try:
         fsspec.get_filesystem_class(scheme)
     except ValueError as error:
@@ -65,7 +81,7 @@ def upload(folder: Path, uri: str) -> int:
         raise
     except Exception as error:  # each driver has errors of its own
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(f"the upload failed: {text}", where=uri) from error
+        raise StorageError(f"the upload failed: {text}", where=shown(uri)) from error
     return len(files)
 
 
@@ -97,10 +113,15 @@ def try_upload(
             if attempt < attempts:
                 time.sleep(wait_s * 2 ** (attempt - 1))
         else:
-            say(f"uploaded {count} files to {uri}")
-            return f"done: {uri}"
-    say(f"the export is complete in {folder}; later: verl-sft export upload={uri} ...")
+            say(f"uploaded {count} files to {shown(uri)}")
+            return f"{DONE}: {shown(uri)}"
+    say(f"the export is complete in {folder}; the same command tries the upload again")
     return outcome
+
+
+def shown(uri: str) -> str:
+    """An address without user and password."""
+    return _USER.sub("***@", uri)
 
 
 def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
@@ -116,7 +137,9 @@ def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
         system.put_file(str(file), target)
         there, here = system.size(target), file.stat().st_size
         if there != here:
-            raise StorageError(f"{there} bytes arrived of {here}", where=f"{uri}: {file.name}")
+            raise StorageError(
+                f"{there} bytes arrived of {here}", where=f"{shown(uri)}: {file.name}"
+            )
 
 
 def _to_hub(folder: Path, uri: str, files: list[Path]) -> None:

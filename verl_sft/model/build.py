@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from verl_sft.config.checks import model_folder, template_text
+from verl_sft.config.checks import model_folder, template_text, tokenizer_folder
+from verl_sft.config.hub import absence, hub_access
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
 from verl_sft.model.activations import recompute_activations
@@ -22,6 +23,7 @@ from verl_sft.model.loss import LossModel
 from verl_sft.model.meta import Slot, hollow_model, to_meta
 from verl_sft.model.quantize import follow_inputs, quantised_parameters, quantization_config
 
+_MODEL_KEY, _TOKENIZER_KEY = "model.partial_pretrain", "model.tokenizer_path"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _SAMPLED_BYTES = 1 << 20
 _CPU = torch.device("cpu")
@@ -52,11 +54,11 @@ def model_path(config: ModelConfig) -> str:
     if not path:
         raise UsageError(
             "no model given",
-            where="model.partial_pretrain",
+            where=_MODEL_KEY,
             fix="Give an HF folder or hub name, or make a small one with verl-sft make-model",
         )
     own = config.tokenizer_path is None
-    return model_folder("model.partial_pretrain", path, with_tokenizer=own)
+    return model_folder(_MODEL_KEY, path, with_tokenizer=own)
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -67,12 +69,15 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = config.tokenizer_path or model_path(config)
+    key, path = _MODEL_KEY, model_path(config)
+    if config.tokenizer_path is not None:
+        key, path = _TOKENIZER_KEY, tokenizer_folder(_TOKENIZER_KEY, config.tokenizer_path)
     try:
         trusts = config.trust_remote_code
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
+        with hub_access(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trusts)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise _cannot_load(path, error) from error
+        raise _cannot_load(path, error, key=key) from error
     if config.custom_chat_template:
         tokenizer.chat_template = template_text(config.custom_chat_template)
     return tokenizer
@@ -104,14 +109,15 @@ def load_causal(
         extra = {"quantization_config": quantization, "device_map": {"": quantised_on}}
     torch.manual_seed(seed)  # heads that the checkpoint lacks must be the same on every rank
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            **extra,
-        )
+        with hub_access(path):
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                attn_implementation=attention,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                **extra,
+            )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise _cannot_load(path, error) from error
     except RuntimeError as error:
@@ -239,9 +245,14 @@ def read_model_config(config: ModelConfig) -> dict[str, Any]:
     return loaded
 
 
-def _cannot_load(path: str, error: Exception) -> UsageError:
+def _cannot_load(path: str, error: Exception, *, key: str = _MODEL_KEY) -> UsageError:
+    what = "tokenizer" if key == _TOKENIZER_KEY else "model"
+    parts = "a tokenizer.json" if what == "tokenizer" else "config.json, tokenizer, *.safetensors"
+    why = absence(path)
+    told = "" if why else f": {str(error).strip().splitlines()[0]}"
     return UsageError(
-        f"cannot load the model: {str(error).strip().splitlines()[0]}",
-        where=f"model.partial_pretrain={path}",
-        fix="Give a folder with config.json, tokenizer and *.safetensors, or a hub name",
+        f"cannot load the {what}{told}",
+        where=f"{key}={path}",
+        why=why,
+        fix=f"Give a folder with {parts}, or a hub name",
     )

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
+from verl_sft.model.targets import check_targets, layer_names
 
 _WEIGHTS = "adapter_model.safetensors"
 
@@ -29,6 +30,7 @@ def add_lora(model: Any, *, config: ModelConfig) -> Any:
 
     if config.lora_adapter_path is not None:
         return _load_adapter(model, config=config)
+    check_targets(model, config=config)
     targets = config.target_modules
     lora = LoraConfig(
         r=config.lora_rank,
@@ -42,15 +44,13 @@ def add_lora(model: Any, *, config: ModelConfig) -> Any:
         init_lora_weights=True if config.lora_init == "default" else config.lora_init,  # type: ignore[arg-type]
         task_type="CAUSAL_LM",
     )
+    known = layer_names(model)
     try:
         return get_peft_model(model, lora)
-    except ValueError as error:
-        if "target" not in str(error).lower():
-            raise
-        names = sorted({name.rpartition(".")[2] for name, _ in _linears(model)})
+    except ValueError as error:  # layers of a kind that PEFT has no adapter for
         raise UsageError(
-            f"model.target_modules={targets} matches no layer of this model",
-            fix=f"Use all-linear, or some of: {', '.join(names)}",
+            f"model.target_modules={targets}: {str(error).splitlines()[0].partition('. ')[0]}",
+            fix=f"Use all-linear, or some of: {', '.join(known)}",
         ) from error
 
 
@@ -126,9 +126,3 @@ def _unused(path: Path, peft: Any) -> list[str]:
     with safe_open(path / _WEIGHTS, framework="pt") as opened:
         there = set(opened.keys())
     return sorted(there - set(get_peft_model_state_dict(peft)))
-
-
-def _linears(model: Any) -> list[tuple[str, Any]]:
-    from torch import nn
-
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from verl_sft.config.hub import hub_access
 from verl_sft.config.train import ModelConfig
 from verl_sft.errors import UsageError
 from verl_sft.model.lora import needs_weights
@@ -69,6 +70,20 @@ def hollow_model(
         return _hollow(path, dtype=dtype, attention=attention, code=config.trust_remote_code)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         return str(error)  # the ordinary way of loading says what is wrong
+
+
+def empty_model(config: ModelConfig, *, path: str) -> Any | None:
+    """The transformers model as meta tensors, for its names and shapes; None if that fails."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    code = config.trust_remote_code
+    try:
+        with hub_access(path), init_empty_weights():
+            settings = AutoConfig.from_pretrained(path, trust_remote_code=code)
+            return AutoModelForCausalLM.from_config(settings, trust_remote_code=code)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None  # the ordinary way of loading says what is wrong
 
 
 def _hollow(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.config.secrets import DATABASES, hidden
-from verl_sft.errors import InputError, UsageError
+from verl_sft.errors import UsageError
 from verl_sft.records.remote import fetch
 
 # Address of a collection (and a filter, `query=`) -> a file with its documents.
@@ -32,8 +32,8 @@ def resolve_files(spec: Any, *, split: str, database: OpenDatabase | None = None
         database: opens an address; None: they are refused.
 
     Raises:
-        InputError: nothing is there.
-        UsageError: the value is no path.
+        UsageError: the value is no path, or nothing is there.
+        InputError: an address cannot be read.
     """
     if isinstance(spec, list | tuple):
         return [p for part in spec for p in resolve_files(part, split=split, database=database)]
@@ -57,7 +57,7 @@ def resolve_files(spec: Any, *, split: str, database: OpenDatabase | None = None
         found = [single] if single.is_file() else sorted(path.glob(f"{split}-*.parquet"))
         if not found:
             there = ", ".join(sorted(p.name for p in path.iterdir())[:10]) or "nothing"
-            raise InputError(
+            raise UsageError(
                 f"the directory holds no {split}.parquet and no {split}-*.parquet",
                 where=str(path),
                 why=f"There is: {there}",
@@ -74,7 +74,7 @@ def resolve_files(spec: Any, *, split: str, database: OpenDatabase | None = None
     ]
     if not found:
         special = path.exists()  # a pipe cannot be read twice, nor hashed
-        raise InputError(
+        raise UsageError(
             "it is neither a file nor a directory" if special else "no such file",
             where=str(path),
             fix="Write its content into a file" if special else "Correct the path",

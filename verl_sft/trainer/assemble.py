@@ -18,10 +18,10 @@ from verl_sft.model.levers import apply_levers
 from verl_sft.model.quantize import quantised_parameters
 from verl_sft.model.tree_attention import register_tree_attention
 from verl_sft.model.ulysses import check_heads, probe_slices, register_ulysses
-from verl_sft.trainer.early_checks import check_vocabulary
+from verl_sft.trainer.file_checks import check_vocabulary
 from verl_sft.trainer.inputs import Inputs, make_plan
-from verl_sft.trainer.lever_checks import set_matmul
 from verl_sft.trainer.optim import make_optimizer
+from verl_sft.trainer.precision import set_matmul
 from verl_sft.trainer.self_checks import require_checks
 from verl_sft.trainer.sharing import prove_sharing, without_sharing
 from verl_sft.trainer.train_loop import TrainLoop

@@ -12,11 +12,12 @@ import torch
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import compute_dtype
-from verl_sft.model.build import load_tokenizer
-from verl_sft.trainer.early_checks import check_before_data
-from verl_sft.trainer.inputs import check_options, make_plan, read_splits
+from verl_sft.model.build import load_tokenizer, model_path
+from verl_sft.trainer.file_checks import check_files
+from verl_sft.trainer.inputs import make_plan, read_splits
 from verl_sft.trainer.launch import default_nproc
 from verl_sft.trainer.memory import MemoryEstimate, estimate_memory, format_bytes, memory_settings
+from verl_sft.trainer.option_checks import check_options
 from verl_sft.trainer.planning import (
     PlanFigures,
     figure_lines,
@@ -61,9 +62,10 @@ def dry_run(config: TrainConfig, *, world_size: int | None = None) -> DryRun:
     on_gpu = config.trainer.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     check_options(config, world_size=size)
+    model_path(config.model)
     shape = model_shape(config.model)
     tokenizer = load_tokenizer(config.model)
-    check_before_data(config, device=device, num_tokens=len(tokenizer))
+    check_files(config, device=device, num_tokens=len(tokenizer))
     alone = World(rank=0, size=1, device=torch.device("cpu"), mesh=cast(Any, None))
     train, val, _ = read_splits(
         config,

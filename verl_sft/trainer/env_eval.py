@@ -30,6 +30,7 @@ from verl_sft.distributed.setup import World
 from verl_sft.errors import PeerLostError, StorageError, UsageError
 from verl_sft.export.hf import export_hf
 from verl_sft.safe_io import make_output_dir
+from verl_sft.trainer.best import ENV_METRICS
 from verl_sft.trainer.status import STATUS_ENV
 
 FOLDER = "env_eval"  # of the run directory: a report and a log for each evaluation
@@ -53,7 +54,7 @@ def check_env_eval(config: TrainerConfig) -> None:
     Raises:
         UsageError: naming the key.
     """
-    if config.env_eval_freq not in (None, -1):
+    if plays(config):
         folder = config.env_eval_data_dir
         if folder is not None and not Path(folder).expanduser().is_dir():
             raise UsageError(
@@ -61,7 +62,19 @@ def check_env_eval(config: TrainerConfig) -> None:
                 where=f"trainer.env_eval_data_dir={folder}",
                 fix="Make games with: verl-sft make-games out=DIR",
             )
-        load_config(EvaluateConfig, _words(config, model=Path("model"), report=Path("report.json")))
+        words = _words(config, model=Path("model"), report=Path("report.json"))
+        env = load_config(EvaluateConfig, words).env
+        if env.name == "alfworld" and not (env.data_dir or os.environ.get("ALFWORLD_DATA")):
+            raise UsageError(
+                "trainer.env_eval_freq is set, and there are no games",
+                where="trainer.env_eval_data_dir",
+                fix="Set it, or ALFWORLD_DATA; make games with: verl-sft make-games out=DIR",
+            )
+
+
+def plays(config: TrainerConfig) -> bool:
+    """Whether games are played during the run."""
+    return config.env_eval_freq not in (None, -1, 0)
 
 
 def make_player(
@@ -87,7 +100,7 @@ def make_player(
         leaving: whether a signal asks to stop; games are then given up.
         say: tells the user.
     """
-    if config.trainer.env_eval_freq in (None, -1):
+    if not plays(config.trainer):
         return None
 
     def play(step: int) -> Mapping[str, float]:
@@ -176,8 +189,7 @@ def run_evaluation(
 def metrics_of(report: Mapping[str, Any]) -> dict[str, float]:
     """`env/success_rate` and its like out of a report, and the rate of each task type."""
     overall = report["overall"]
-    names = ("success_rate", "episodes", "mean_steps", "invalid_action_rate", "mean_reward")
-    found = {f"env/{name}": float(overall[name]) for name in names}
+    found = {f"env/{name}": float(overall[name]) for name in ENV_METRICS}
     for name, figures in report["by_task_type"].items():
         found[f"env/success_rate/{name}"] = float(figures["success_rate"])
     return found

@@ -15,14 +15,16 @@ from torch import Tensor
 from verl_sft import safe_io
 from verl_sft.config.export import ExportConfig
 from verl_sft.config.load import load_config
-from verl_sft.config.train import TrainConfig
+from verl_sft.config.train import TrainConfig, TrainerConfig
 from verl_sft.errors import StorageError, UsageError
 from verl_sft.export.hf import write_folder
-from verl_sft.export.upload import check_target, upload
+from verl_sft.export.upload import DONE, check_target, shown, try_upload, upload
 from verl_sft.model.build import load_tokenizer
 from verl_sft.trainer import checkpoint
+from verl_sft.trainer.status import write_status
 
 CONFIG, PROVENANCE = "train_config.json", "provenance.json"
+UPLOADED = "upload.json"  # which export arrived where
 _SHARD_PREFIX, _MODEL_PREFIX = "model.", "causal."
 
 
@@ -41,7 +43,7 @@ def export_checkpoint(config: ExportConfig, *, say: Callable[[str], None]) -> Pa
         StorageError: the checkpoint is damaged, or the folder does not give its logits.
     """
     if config.upload:
-        check_target(config.upload)
+        check_target(config.upload, key="upload")
     path, manifest = find_checkpoint(Path(str(config.checkpoint)).expanduser(), say=say)
     run = path.parent
     train = read_run_config(run)
@@ -65,8 +67,35 @@ def export_checkpoint(config: ExportConfig, *, say: Callable[[str], None]) -> Pa
         f"(their standard deviation is {report['logit_standard_deviation']:.3g})"
     )
     if config.upload:
-        say(f"uploaded {upload(out, config.upload)} files to {config.upload}")
+        say(f"uploaded {upload(out, config.upload)} files to {shown(config.upload)}")
     return out
+
+
+def upload_export(
+    out: Path, *, directory: Path, config: TrainerConfig, step: int, say: Callable[[str], None]
+) -> None:
+    """Upload the export of a run, once: what arrived is remembered in the run's directory.
+
+    The run has succeeded whatever comes of it; `status.json` tells.
+
+    Args:
+        out: the folder.
+        directory: of the run.
+        config: says where to.
+        step: that was exported.
+        say: hears of each attempt.
+    """
+    if not (config.export and config.upload_uri):
+        return
+    made = safe_io.file_sha256(out / "manifest.json")
+    wanted = {"to": shown(config.upload_uri), "manifest": made}
+    record = directory / UPLOADED
+    if record.is_file() and json.loads(record.read_text("utf-8")) == wanted:
+        return
+    outcome = try_upload(out, config.upload_uri, say=say)
+    if outcome.startswith(DONE):
+        safe_io.write_json(record, wanted)
+    write_status(directory, state="done", code=0, step=step, upload=outcome)
 
 
 def find_checkpoint(path: Path, *, say: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:

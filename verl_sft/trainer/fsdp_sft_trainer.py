@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,9 +20,7 @@ from verl_sft.config.load import load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World, arrange, setup_world
-from verl_sft.errors import Preempted
 from verl_sft.export.hf import export_hf
-from verl_sft.export.upload import try_upload
 from verl_sft.model.build import load_tokenizer, model_path
 from verl_sft.processes import die_with_parent
 from verl_sft.trainer import checkpoint
@@ -32,13 +29,15 @@ from verl_sft.trainer.best import best_of, check_links, stops_early
 from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.ending import End, failed, leave, lost_peer
 from verl_sft.trainer.env_eval import make_player
-from verl_sft.trainer.exporting import PROVENANCE
+from verl_sft.trainer.exporting import PROVENANCE, upload_export
 from verl_sft.trainer.idle_options import idle_options
 from verl_sft.trainer.inputs import fingerprint, load_inputs, provenance
 from verl_sft.trainer.option_checks import check_options
+from verl_sft.trainer.rank import LAUNCHER_ENV
 from verl_sft.trainer.resume import find_start, remember_data
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import write_status
+from verl_sft.trainer.stopping import stop_at_signals, stopped_outside
 from verl_sft.trainer.trackers import RunInfo
 from verl_sft.trainer.tracking import LOGGERS, Tracker, plot_loss
 from verl_sft.trainer.train_loop import RunPlan, TrainLoop
@@ -52,8 +51,9 @@ def main(argv: Sequence[str] | None = None) -> End:
     words = list(sys.argv[1:] if argv is None else argv)
     owned: list[Path] = []  # the run directory, once this run holds it
     try:
-        die_with_parent()
-        signal.signal(signal.SIGTERM, _stopped_early)
+        if LAUNCHER_ENV not in os.environ:
+            die_with_parent()
+        stop_at_signals(interrupts=True)
         say = print if os.environ.get("RANK", "0") == "0" else None
         config = load_config(TrainConfig, words, say=say)
         with ExitStack() as stack:
@@ -102,7 +102,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     done = early or start.step >= inputs.plan.total_steps
     if done and (not config.trainer.export or (out / "manifest.json").is_file()):
         say(f"the run is finished ({start.step} steps): nothing to do")
-        _done(world, directory, start)
+        _done(config, world=world, directory=directory, progress=start, say=say)
         return
     trainer, loss_model = assemble(
         config, world=world, inputs=inputs, tokenizer=tokenizer, directory=directory, marks=marks
@@ -115,7 +115,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     facts = partial(provenance, config, files=inputs.train_files)
     trainer.play = make_player(
         config, model=loss_model, tokenizer=tokenizer, provenance=facts, directory=directory,
-        world=world, leaving=lambda: trainer.stop_asked, say=say,
+        world=world, leaving=lambda: trainer.stop_asked > 0, say=say,
     )  # fmt: skip
     if world.is_main:
         safe_io.write_json(directory / "train_config.json", asdict(config))
@@ -125,7 +125,9 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
     trainer.watchdog = _watchdog(config, world=world, directory=directory)
     trainer.stop_on_signals()
     progress = trainer.fit()
-    signal.signal(signal.SIGTERM, _stopped_early)  # what is left can be done again
+    stop_at_signals()  # what is left can be done again
+    if trainer.stop_asked:
+        raise stopped_outside(trainer.stop_asked)
     if stops_early(progress, config=config.trainer):
         say(f"stopped early: {progress.bad_validations} validations without a better one")
     if trainer.tracker:
@@ -139,10 +141,7 @@ def run(config: TrainConfig, *, world: World, stack: ExitStack, owned: list[Path
             world=world,
         )  # fmt: skip
         say(f"exported to {out}")
-    _done(world, directory, progress)
-    if world.is_main and config.trainer.export and config.trainer.upload_uri:
-        outcome = try_upload(out, config.trainer.upload_uri, say=say)
-        write_status(directory, state="done", code=0, step=progress.step, upload=outcome)
+    _done(config, world=world, directory=directory, progress=progress, say=say)
 
 
 def _open_tracker(
@@ -180,17 +179,18 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value] if value else []
 
 
-def _stopped_early(number: int, frame: Any) -> None:
-    signal.signal(number, signal.SIG_IGN)
-    raise Preempted(
-        "stopped by a signal outside of the training steps",
-        fix="Run the same command again to go on from the last checkpoint, if there is one",
-    )
-
-
-def _done(world: World, directory: Path, progress: TrainProgress) -> None:
+def _done(
+    config: TrainConfig,
+    *,
+    world: World,
+    directory: Path,
+    progress: TrainProgress,
+    say: Callable[[str], None],
+) -> None:
     if world.is_main:
         write_status(directory, state="done", code=0, step=progress.step)
+        out, settings = directory / EXPORT_DIR, config.trainer
+        upload_export(out, directory=directory, config=settings, step=progress.step, say=say)
 
 
 def _watchdog(config: TrainConfig, *, world: World, directory: Path) -> Watchdog:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,14 @@ from verl_sft.data.store import SampleStore
 from verl_sft.data.tokenizer import tokenizer_spec
 from verl_sft.data.tree import shared_lengths
 from verl_sft.distributed.reduce import together
-from verl_sft.distributed.setup import World, check_layout
-from verl_sft.errors import UsageError
-from verl_sft.export.upload import check_target
+from verl_sft.distributed.setup import World
 from verl_sft.model.build import model_fingerprint
-from verl_sft.model.ulysses import check_kernel
 from verl_sft.records.mix import Source, mix_lines
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
-from verl_sft.trainer.early_checks import check_before_data
-from verl_sft.trainer.env_eval import check_env_eval
-from verl_sft.trainer.lever_checks import check_levers, idle_levers
-from verl_sft.trainer.optimizers import check_shards
+from verl_sft.trainer.file_checks import check_files, check_formats
 from verl_sft.trainer.planning import planning_cost
-from verl_sft.trainer.resume import named_checkpoint
-from verl_sft.trainer.sharing import check_sharing, missed_sharing, shared_tokens, shuffle_units
+from verl_sft.trainer.sharing import missed_sharing, shared_tokens, shuffle_units
 from verl_sft.trainer.train_loop import RunPlan
 from verl_sft.trainer.validation import join_sets, plan_sets
 
@@ -64,55 +58,6 @@ class Inputs:
     plan: RunPlan
 
 
-def check_options(config: TrainConfig, *, world_size: int) -> None:
-    """Refuse settings that would otherwise be ignored, or that cannot work together.
-
-    Raises:
-        UsageError: naming the key.
-    """
-    check_levers(config)
-    check_layout(
-        world_size,
-        sp_size=config.ulysses_sequence_parallel_size,
-        fsdp_size=config.engine.fsdp_size,
-    )
-    if config.ulysses_sequence_parallel_size > 1:
-        check_kernel(config.model.attn_implementation)
-    shards = world_size if config.engine.fsdp_size == -1 else config.engine.fsdp_size
-    check_shards(config.optim.optimizer, shard_size=min(shards, world_size))
-    check_sharing(config)
-    check_env_eval(config.trainer)
-    budget, longest = config.data.token_budget, config.data.max_length
-    if budget < longest:
-        raise UsageError(
-            f"data.max_token_len_per_gpu={budget} is smaller than data.max_length={longest}",
-            why="A sample of that length would fit into no micro-batch",
-            fix=f"Use data.max_token_len_per_gpu={longest} or more",
-        )
-    if config.trainer.upload_uri:
-        check_target(config.trainer.upload_uri)
-    if config.trainer.resume_mode == "resume_path":
-        named_checkpoint(config)
-
-
-def ignored_options(config: TrainConfig, *, on_gpu: bool) -> list[str]:
-    """A line for each key that is set and has no effect beside the others."""
-    model, trainer = config.model, config.trainer
-    lines = []
-    if config.engine.strategy == "fsdp":
-        lines.append("engine.strategy=fsdp is read as fsdp2")
-    if config.engine.offload and not on_gpu:
-        lines.append("engine.offload has no effect: the parameters are in host memory already")
-    lines.extend(idle_levers(config, on_gpu=on_gpu))
-    if trainer.resume_from_path and trainer.resume_mode != "resume_path":
-        lines.append(
-            f"trainer.resume_from_path has no effect with trainer.resume_mode={trainer.resume_mode}"
-        )
-    if model.lora_adapter_path is not None and model.lora_rank > 0:
-        lines.append("model.lora_rank has no effect: model.lora_adapter_path decides the adapters")
-    return lines
-
-
 def load_inputs(
     config: TrainConfig,
     *,
@@ -127,7 +72,7 @@ def load_inputs(
         InputError: no usable row, or a sample that fits into no micro-batch.
     """
     with together(world):
-        check_before_data(config, device=world.device, num_tokens=len(tokenizer))
+        check_files(config, device=world.device, num_tokens=len(tokenizer))
     train, val, paths = read_splits(config, tokenizer=tokenizer, directory=directory, world=world)
     with together(world):
         if world.is_main:
@@ -141,7 +86,6 @@ def load_inputs(
     missed = missed_sharing(config, train, on_gpu=world.device.type == "cuda")
     if missed:
         say(missed)
-    check_best(config.trainer, val_sets=list(plan.validation), validates=bool(plan.validation))
     with together(world):
         if world.is_main:
             facts = {
@@ -183,6 +127,9 @@ def read_splits(
 
     with together(world):
         train_files, val_files = open_sources(data, cache=cache, say=say)
+        check_best(config.trainer, val_sets=list(val_files))
+        opened = [*train_files, *chain.from_iterable(val_files.values())]
+        check_formats(source.format for source in opened)
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
         val = join_sets(

@@ -129,13 +129,9 @@ def optimizer_arguments(cls: Any, *, config: OptimConfig) -> dict[str, Any]:
     known = inspect.signature(cls).parameters
     free = any(p.kind is p.VAR_KEYWORD for p in known.values())
     own = {"lr": config.lr, "eps": config.eps, "betas": tuple(config.betas)}
-    if cls.__name__ in _OTHER_EPS:
-        del own["eps"]
-    if not _is_pair(getattr(known.get("betas"), "default", None)):
-        del own["betas"]
+    found = {key: value for key, value in own.items() if takes(cls, key)}
     if cls.__name__ in _FUSED and "fused" in known and config.fused:
-        own["fused"] = True
-    found = {key: value for key, value in own.items() if key in known}
+        found["fused"] = True
     for key, value in (config.override_optimizer_config or {}).items():
         if key in _OF_GROUPS:
             raise UsageError(
@@ -153,6 +149,15 @@ def optimizer_arguments(cls: Any, *, config: OptimConfig) -> dict[str, Any]:
     if found.get("foreach") or found.get("differentiable") or found.get("capturable"):
         found.pop("fused", None)
     return found
+
+
+def takes(cls: Any, name: str) -> bool:
+    """Whether `cls` has an argument that means what `optim.<name>` means."""
+    known = inspect.signature(cls).parameters
+    if name == "betas":
+        default = getattr(known.get("betas"), "default", None)
+        return isinstance(default, tuple) and len(default) == 2
+    return name in known and not (name == "eps" and cls.__name__ in _OTHER_EPS)
 
 
 class JoinedOptimizer(torch.optim.Optimizer):
@@ -249,10 +254,6 @@ def _called(make: Make, groups: Groups, *, name: str) -> torch.optim.Optimizer:
             f"optim.optimizer={name} does not take these settings: {error}",
             fix="See optim.override_optimizer_config",
         ) from error
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2
 
 
 def set_rate(group: dict[str, Any], rate: float) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from verl_sft.config.hub import absence, hub_access
 from verl_sft.config.train import ModelConfig
 from verl_sft.data.plan import QUADRATIC_COST, EpochPlan, Row
 from verl_sft.errors import UsageError
@@ -140,11 +141,13 @@ def model_shape(config: ModelConfig) -> ModelShape:
     from transformers import AutoConfig
 
     try:
-        found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
+        with hub_access(name):
+            found = AutoConfig.from_pretrained(name, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(
             f"no config.json can be read: {str(error).strip().splitlines()[0]}",
             where=f"model.partial_pretrain={name}",
+            why=absence(name),
         ) from error
     return read_shape(found.to_dict(), where=name)
 

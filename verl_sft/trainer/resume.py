@@ -58,8 +58,9 @@ def named_checkpoint(config: TrainConfig) -> Path:
             fix="Give the path of a global_step_N folder",
         )
     path = Path(given).expanduser()
-    if not path.is_dir():
-        near = sorted(str(p) for _, p in checkpoint.list_checkpoints(path.parent))
+    if not (path / checkpoint.MANIFEST).is_file():
+        folders = (path, path.parent)  # of the run that was given instead, or of a mistyped step
+        near = sorted(str(p) for run in folders for _, p in checkpoint.list_checkpoints(run))
         raise UsageError(
             "no such checkpoint",
             where=f"trainer.resume_from_path={path}",

@@ -1,29 +1,38 @@
-"""What can be known to be wrong before any row is read: tokenising may take an hour."""
+"""What config and small files tell before any row is read: tokenising may take an hour."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
+from verl_sft.config.checks import naming
 from verl_sft.config.train import TrainConfig
 from verl_sft.distributed.sharding import compute_dtype
 from verl_sft.errors import UsageError
 from verl_sft.model.attention import pick_attention
+from verl_sft.model.build import model_path
+from verl_sft.model.lora import add_lora, wants_lora
+from verl_sft.model.meta import empty_model
 from verl_sft.model.shape import ModelShape
 from verl_sft.model.ulysses import check_heads
-from verl_sft.trainer.optimizers import optimizer_arguments, optimizer_class
+from verl_sft.records.read import find_format
+from verl_sft.registry import PROMPTS, resolve
+from verl_sft.safe_io import make_output_dir
 from verl_sft.trainer.planning import model_shape
+from verl_sft.trainer.resume import named_checkpoint
 
 _ADAPTER_FILE = "adapter_model.safetensors"
 _ADAPTER_KEY = re.compile(r"\.(\w+)\.lora_A\.weight$")
 
 
-def check_before_data(config: TrainConfig, *, device: torch.device, num_tokens: int) -> None:
-    """Attention, optimizer, adapter, and whether tokenizer, model and ranks fit one another.
+def check_files(config: TrainConfig, *, device: torch.device, num_tokens: int) -> None:
+    """Attention, adapters, checkpoint, and whether tokenizer, model and ranks fit one another.
 
     Args:
         config: of the run.
@@ -35,8 +44,20 @@ def check_before_data(config: TrainConfig, *, device: torch.device, num_tokens: 
     """
     half = compute_dtype(config.engine.dtype, device=device) is torch.bfloat16
     pick_attention(config.model.attn_implementation, device=device, half=half)
-    optim = config.optim
-    optimizer_arguments(optimizer_class(optim.optimizer, optim.optimizer_impl), config=optim)
+    if config.trainer.resume_mode == "resume_path":
+        named_checkpoint(config)
+    check_formats([config.data.format])
+    if config.data.raw.prompt:
+        with naming("data.raw.prompt"):
+            resolve("prompt template", config.data.raw.prompt, PROMPTS)
+    if config.data.cache_dir:
+        with naming("data.cache_dir"):
+            make_output_dir(Path(config.data.cache_dir).expanduser())
+    if config.model.lora_adapter_path is None and wants_lora(config.model):
+        empty = empty_model(config.model, path=model_path(config.model))
+        if empty is not None:
+            # PEFT's own checks come with it; the start values of adapters need the weights.
+            add_lora(empty, config=replace(config.model, lora_rank=1, lora_init="default"))
     try:
         shape = model_shape(config.model)
     except UsageError:
@@ -49,6 +70,17 @@ def check_before_data(config: TrainConfig, *, device: torch.device, num_tokens: 
     )
     if config.model.lora_adapter_path is not None:
         check_adapter(Path(config.model.lora_adapter_path).expanduser(), shape=shape)
+
+
+def check_formats(names: Iterable[str]) -> None:
+    """Raise for a format of rows that does not exist.
+
+    Raises:
+        UsageError: with the nearest name.
+    """
+    for name in sorted(set(names) - {"", "auto"}):
+        with naming(f"data.format={name}"):
+            find_format(name)
 
 
 def check_vocabulary(num_tokens: int, *, vocabulary: int) -> None:
