@@ -130,9 +130,26 @@ def _launch(
         ranks.append(child)
     os.write(tell, json.dumps(ranks).encode() + b"\n")
     os.close(mark)
-    found = {rank: os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in ranks}
+    found = _wait_for(ranks)
     (work / "statuses").write_text(json.dumps(found))
     os._exit(0)
+
+
+def _wait_for(ranks: list[int]) -> dict[int, int]:
+    """Exit codes; as torchrun does, end those that still wait for a lost one to start with them."""
+    found: dict[int, int] = {}
+    end = float("inf")
+    while len(found) < len(ranks):
+        for rank in set(ranks) - set(found):
+            pid, status = os.waitpid(rank, os.WNOHANG)
+            if pid:
+                found[rank] = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(rank, signal.SIGKILL)
+        if any(found.values()):
+            end = min(end, time.monotonic() + GONE_S / 2)
+        time.sleep(0.005)
+    return found
 
 
 def _mark_saves(mark: int) -> None:

@@ -13,6 +13,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -42,20 +43,23 @@ def failed(error: BaseException, *, directory: Path | None) -> End:
     known = as_user_error(error)
     if known is None:
         traceback.print_exception(error)
-        return _record(1, f"{type(error).__name__}: {error}", directory, speak=False)
+        _write_end(1, f"{type(error).__name__}: {error}", directory, told=True)
+        return End(1, agreed=False)
     agreed = known.agreed or not dist.is_initialized()
     if agreed:
         if _is_main():
             _record(known.exit_code, str(known), directory, speak=True)
         return End(known.exit_code, agreed=True)
-    told = _is_told(directory)
+    before = _recorded(directory)
     if isinstance(known, PeerLostError):
-        if not told:  # our own launcher knows better which rank is gone, and why
+        if not before:  # our own launcher knows better which rank is gone, and why
             speak = not os.environ.get(STATUS_ENV)
             return _record(known.exit_code, str(known), directory, speak=speak)
         return End(known.exit_code, agreed=False)
     speak = _is_main() or not isinstance(known, Preempted)
-    return _record(known.exit_code, str(known), directory, speak=speak and not told)
+    if before and (before.get("told") or not speak):
+        return End(known.exit_code, agreed=False)
+    return _record(known.exit_code, str(known), directory, speak=speak)
 
 
 def lost_peer(error: PeerLostError, *, directory: Path) -> None:
@@ -82,21 +86,27 @@ def leave(end: End) -> None:
 def _record(code: int, message: str, directory: Path | None, *, speak: bool) -> End:
     if speak:
         print(f"verl-sft: {message}", file=sys.stderr, flush=True)
-    state = "preempted" if code == Preempted.exit_code else "failed"
-    with contextlib.suppress(OSError):  # a full disk must not hide what happened
-        write_status(directory, state=state, code=code, message=message, told=speak)
+    _write_end(code, message, directory, told=speak)
     return End(code, agreed=False)
 
 
-def _is_told(directory: Path | None) -> bool:
-    """Whether the end of this run is recorded already."""
+def _write_end(code: int, message: str, directory: Path | None, *, told: bool) -> None:
+    """Record how a run ended that did not finish, if the disk lets us."""
+    state = "preempted" if code in (Preempted.exit_code, 130) else "failed"
+    with contextlib.suppress(OSError):  # a full disk must not hide what happened
+        write_status(directory, state=state, code=code, message=message, told=told)
+
+
+def _recorded(directory: Path | None) -> dict[str, Any]:
+    """How this run ended, where a rank has recorded it already."""
     copy = os.environ.get(STATUS_ENV)
     places = [Path(copy)] if copy else [directory / STATUS_FILE] if directory else []
     for place in places:
         with contextlib.suppress(OSError, ValueError):
-            if json.loads(place.read_text("utf-8"))["exit_code"] is not None:
-                return True
-    return False
+            found: dict[str, Any] = json.loads(place.read_text("utf-8"))
+            if found["exit_code"] is not None:
+                return found
+    return {}
 
 
 def _is_main() -> bool:

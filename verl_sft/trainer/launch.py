@@ -11,17 +11,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from verl_sft.errors import PeerLostError
+from verl_sft.errors import PeerLostError, Preempted
 from verl_sft.processes import die_with_parent
+from verl_sft.trainer.rank import LAUNCHER_ENV
 from verl_sft.trainer.status import STATUS_ENV, write_status
 
-TARGET = "verl_sft.trainer.fsdp_sft_trainer"
+TARGET = "verl_sft.trainer.rank"
 _CODES = "exit_codes.json"  # of the ranks, beside the launcher's copy of the status
 _GRACE_S = 5.0  # for the other ranks, once one is lost
+_SAVE_S = 1800  # for ranks that save behind a signal; torchrun's own 30 do not suffice for a model
 
 
 def launch(config_argv: Sequence[str], nproc: int) -> int:
@@ -34,6 +36,7 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
     with tempfile.TemporaryDirectory(prefix="verl_sft_") as folder:
         status = Path(folder) / "status.json"
         env = {**os.environ, STATUS_ENV: str(status)}
+        env.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVE_S))
         env.setdefault("OMP_NUM_THREADS", str(max(1, _num_cores() // nproc)))
         start = f"from verl_sft.trainer.launch import agent; agent({os.getpid()})"
         command = [
@@ -44,24 +47,29 @@ def launch(config_argv: Sequence[str], nproc: int) -> int:
         ]
         # A group of its own: Ctrl-C is for this process, which then asks the ranks to save.
         child = subprocess.Popen(command, env=env, process_group=0)
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: child.terminate())
-        try:
-            code, interrupted = _wait(child, status=status)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
+        with _passing_on(child) as signals:
+            code = _wait(child, status=status, signals=signals)
+        left = _left(status)
+        unsaid = len(signals) > 1 or not left.get("told")
+        if signals and unsaid and left.get("exit_code") != 0:
+            return _stopped(left, signals)
         code = exit_code(status, launcher_code=code)
-        return 130 if interrupted and code else code
+        if signals and signals[0] == signal.SIGINT and code == Preempted.exit_code:
+            return _interrupted(status)
+        return code
 
 
 def agent(parent: int) -> None:
     """Be torchrun, but die with the launcher, and end on a signal without a traceback."""
     die_with_parent(parent)
-    from torch.distributed.elastic.multiprocessing import SignalException
+    os.environ[LAUNCHER_ENV] = str(os.getpid())
+    from torch.distributed.elastic.multiprocessing import SignalException, api
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.run").setLevel(logging.CRITICAL)
+    api._terminate_process_handler = _only_once(api._terminate_process_handler)
     try:
         torchrun(sys.argv[1:])
     except SignalException as stopped:
@@ -70,6 +78,17 @@ def agent(parent: int) -> None:
         codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
         Path(os.environ[STATUS_ENV]).with_name(_CODES).write_text(json.dumps(codes))
         sys.exit(1)
+
+
+def _only_once(handler: Callable[[int, Any], None]) -> Any:
+    """A signal to all processes of a run comes to torchrun twice; the second would stop a save."""
+
+    def handle(number: int, frame: Any) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_IGN)
+        handler(number, frame)
+
+    return handle
 
 
 def default_nproc() -> int:
@@ -89,7 +108,7 @@ def exit_code(status: Path, *, launcher_code: int) -> int:
         return 0 if launcher_code == 0 else 130
     if not left:
         return launcher_code if launcher_code > 0 else 128 - launcher_code
-    place = Path(left["directory"]) if left.get("directory") else None
+    place = _directory(left)
     error = PeerLostError(
         f"{_who_died(status.with_name(_CODES))}{_how_far(place)}",
         fix="Run the same command again to go on from the last checkpoint",
@@ -145,26 +164,72 @@ def _how_far(directory: Path | None) -> str:
     return f" at step {steps[-1] + 1}; {last}"
 
 
-def _wait(child: subprocess.Popen[bytes], *, status: Path) -> tuple[int, bool]:
-    """The child's code, and whether Ctrl-C came: the first one saves, the second one kills.
+@contextlib.contextmanager
+def _passing_on(child: subprocess.Popen[bytes]) -> Iterator[list[int]]:
+    """Let the first SIGTERM or Ctrl-C end the ranks with a checkpoint, and a second one at once.
 
-    Once a rank is lost, one that does not even react to signals must not keep the others.
+    Yields the signals that came. When the child is killed, the kernel kills its ranks.
     """
-    interrupted, lost_at = False, 0.0
+    signals: list[int] = []
+
+    def handle(number: int, frame: Any) -> None:
+        signals.append(number)
+        child.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+
+    before = {
+        number: signal.signal(number, handle)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stopped(left: Mapping[str, Any], signals: Sequence[int]) -> int:
+    """Say what a second signal left, or one that came before a rank could say it."""
+    place, twice = _directory(left), len(signals) > 1
+    why = "ended at once by a second signal" if twice else "stopped by a signal"
+    message = f"{why}{_how_far(place)}. Run the same command again to go on"
+    code = 130 if signals[0] == signal.SIGINT else 143 if twice else Preempted.exit_code
+    print(f"verl-sft: {message}.", file=sys.stderr, flush=True)
+    if place:
+        write_status(place, state="preempted", code=code, message=message)
+    return code
+
+
+def _interrupted(status: Path) -> int:
+    """Ranks are asked to save by SIGTERM; the user knows that it was Ctrl-C."""
+    left = _left(status)
+    place = _directory(left)
+    if place:
+        write_status(place, state="preempted", code=130, message=left.get("message", ""))
+    return 130
+
+
+def _directory(left: Mapping[str, Any]) -> Path | None:
+    return Path(left["directory"]) if left.get("directory") else None
+
+
+def _wait(child: subprocess.Popen[bytes], *, status: Path, signals: Sequence[int]) -> int:
+    """The child's code.
+
+    Once a rank is lost, one that is frozen must not keep the others; and where a run is to stop
+    that holds no directory yet, a rank that waits for the others to start is not waited for.
+    """
+    lost_at = 0.0
     while True:
         try:
-            return child.wait(timeout=0.5), interrupted
+            return child.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
-            if not lost_at and _left(status).get("exit_code") == PeerLostError.exit_code:
+            left = _left(status)
+            lost = left.get("exit_code") == PeerLostError.exit_code
+            if not lost_at and (lost or (signals and not left.get("directory"))):
                 lost_at = time.monotonic()
             if lost_at and time.monotonic() > lost_at + _GRACE_S:
                 child.kill()
-        except KeyboardInterrupt:
-            if interrupted:
-                child.kill()
-            else:
-                child.terminate()
-            interrupted = True
 
 
 def _num_cores() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +19,7 @@ from verl_sft.data.slice import slice_batch
 from verl_sft.distributed.reduce import sum_over_ranks
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import begin_micro_batch, compute_dtype
-from verl_sft.errors import NonFiniteError, Preempted
+from verl_sft.errors import NonFiniteError
 from verl_sft.trainer.batches import counts, model_inputs
 from verl_sft.trainer.best import judged, must_save, stops_early
 from verl_sft.trainer.breakdown import LossParts
@@ -39,6 +38,7 @@ from verl_sft.trainer.pace import Pace
 from verl_sft.trainer.saving import Saver
 from verl_sft.trainer.skipping import bad_samples, check_skip, flagged, is_finite
 from verl_sft.trainer.state import TrainState
+from verl_sft.trainer.stopping import stop_on_signals, stopped_at
 from verl_sft.trainer.tracking import Tracker
 from verl_sft.trainer.validation import validate
 from verl_sft.trainer.watchdog import Watchdog
@@ -140,7 +140,7 @@ class TrainLoop:
             say=self._say,
         )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.stop_asked = False
+        self.stop_asked = 0  # the signal that asks
         self._lengths = train_data.lengths
         model.keep_losses = config.trainer.loss_breakdown
         dtype = str(compute_dtype(config.engine.dtype, device=world.device)).removeprefix("torch.")
@@ -182,12 +182,7 @@ class TrainLoop:
                 if outcome.stop_asked or last or self._save_due():
                     self.save(wait=outcome.stop_asked or last)
                 if outcome.stop_asked and not last:
-                    left = Preempted(
-                        f"stopped by a signal at step {step} of {total}",
-                        fix="Run the same command again to go on from there",
-                    )
-                    left.agreed = True
-                    raise left
+                    raise stopped_at(step, total=total, number=self.stop_asked)
                 if last:
                     break
         return self.progress
@@ -204,7 +199,7 @@ class TrainLoop:
         self.pace.begin()
         batches = [self._batch(micro, self.train_data) for micro in micros]
         self.pace.loaded()
-        flags = (float(self.stop_asked), float(self.saver.busy))
+        flags = (float(self.stop_asked > 0), float(self.saver.busy))
         weight, tokens, learned, stop, busy, *own = sum_over_ranks(
             [*counts(batches), *flags, *self.pace.share()], world=self.world
         )
@@ -268,16 +263,12 @@ class TrainLoop:
         )
 
     def stop_on_signals(self) -> None:
-        """Let SIGTERM end the run behind the current step.
+        """Let SIGTERM or Ctrl-C end the run behind the current step, and a later one at once."""
 
-        A second one changes nothing: one sent to the whole process group arrives twice, from the
-        sender and from torchrun, which itself kills ranks that take too long.
-        """
+        def ask(number: int) -> None:
+            self.stop_asked = number
 
-        def ask(number: int, frame: Any) -> None:
-            self.stop_asked = True
-
-        signal.signal(signal.SIGTERM, ask)
+        stop_on_signals(ask)
 
     def _evaluate(self, *, leaving: bool) -> dict[str, float]:
         """What is due behind this step: validation, and games unless the run is to stop now."""
