@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from verl_sft.config.load import load_config
+from tests.llamafactory_table import NAMES, PAGE, table
+from verl_sft.config.llamafactory import KNOWN
+from verl_sft.config.llamafactory_keys import CHANGED, IDLE, REFUSED, SAME, arguments
+from verl_sft.config.load import config_keys, load_config
 from verl_sft.config.train import TrainConfig
+from verl_sft.data.sources import open_sources
 from verl_sft.errors import UsageError
 from verl_sft.records.mix import read_mix, resolve_sources
 from verl_sft.records.parse import ReadOptions
@@ -138,7 +143,7 @@ def test_a_sharegpt_run(folder: Path) -> None:
     told = "\n".join(said)
     for text in (
         "batch: 2 x 4 x 8 processes = data.train_batch_size=64",
-        "template: qwen3 names a template",
+        "template: the model's own chat template is used",
         "ddp_timeout has no effect",
         "ZeRO stage 3",
     ):
@@ -186,6 +191,21 @@ def test_lora_quantised_and_capped(folder: Path) -> None:
     [
         ({"stage: sft": "stage: dpo"}, "stage: dpo is not supported"),
         ({"finetuning_type: full": "finetuning_type: freeze"}, "freeze is not supported"),
+        ({"finetuning_type: full": "finetuning_type: oft"}, "oft is not supported"),
+        ({"bf16: true": "optim: lomo"}, "unknown optim 'lomo'"),
+        ({"bf16: true": "mask_history: true\ntrain_on_prompt: true"}, "exclude each other"),
+        ({"bf16: true": "val_size: 0.1\neval_dataset: envscaler"}, "data.val_size=0.1 beside"),
+        ({"bf16: true": "adapter_name_or_path: a,b"}, "a, b is not supported"),
+        ({"bf16: true": "quantization_bit: 3"}, "quantization_bit=3"),
+        ({"bf16: true": "quantization_bit: 4\nquantization_type: fp4"}, "quantization_type=fp4"),
+        (
+            {
+                "lr_scheduler_type: cosine": "lr_scheduler_type: polynomial\n"
+                "lr_scheduler_kwargs: {power: 2}"
+            },
+            "another power than 1",
+        ),
+        ({"save_strategy: epoch": "save_strategy: often"}, "save_strategy=often"),
         ({"dataset: merged_gym_sft": "dataset: merged_gym"}, "Did you mean 'merged_gym_sft'"),
         ({"dataset: merged_gym_sft": ""}, "no dataset is named"),
         ({"cosine": "cosin"}, "Did you mean 'cosine'"),
@@ -201,5 +221,248 @@ def test_what_cannot_be_done_is_refused(folder: Path, change: Any, message: str)
 
 def test_unknown_keys_are_named(folder: Path) -> None:
     """A key that nothing here knows is said, not dropped."""
-    _, said = load(folder, USERRL + "shift_attn: true\n")
-    assert "shift_attn: True has no counterpart here and is ignored" in said
+    _, said = load(folder, USERRL + "learnig_rate: 1\nwandb_key: s3cret\n")
+    assert "learnig_rate has no counterpart here and is ignored" in "\n".join(said)
+    assert "Did you mean 'learning_rate'" in "\n".join(said) and "s3cret" not in "".join(said)
+
+
+LENGTH = (
+    "max_steps: 7\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 5e-6}\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("val_size: 0.1", {"data.val_size": 0.1, "data.val_seed": 42, "data.val_files": "none"}),
+        ("val_size: 30\nseed: 7", {"data.val_size": 30.0, "data.val_seed": 7, "trainer.seed": 7}),
+        ("max_steps: -1", {"trainer.total_training_steps": None, "trainer.total_epochs": 3}),
+        (LENGTH, {"trainer.total_training_steps": 7, "trainer.total_epochs": 7,
+                  "optim.min_lr_ratio": 0.5}),
+        ("lr_scheduler_type: constant", {"optim.lr_warmup_steps_ratio": 0.0}),
+        ("lr_scheduler_type: constant_with_warmup", {"optim.lr_warmup_steps_ratio": 0.1}),
+        ("lr_scheduler_type: polynomial", {"optim.lr_scheduler": "linear"}),
+        ("lr_scheduler_type: warmup_stable_decay", {"optim.lr_scheduler": "wsd"}),
+        ("warmup_steps: 0.05", {"optim.lr_warmup_steps_ratio": 0.05}),
+        ("warmup_steps: 20", {"optim.lr_warmup_steps": 20}),
+        ("optim: adamw_8bit", {"optim.optimizer": "AdamW8bit",
+                               "optim.optimizer_impl": "bitsandbytes.optim"}),
+        ("optim: adamw_torch_fused", {"optim.optimizer": "AdamW"}),
+        ("optim: paged_adamw_8bit", {"optim.optimizer": "PagedAdamW8bit"}),
+        ("optim: sgd\noptim_args: momentum=0.9,nesterov=true",
+         {"optim.override_optimizer_config": {"momentum": 0.9, "nesterov": True}}),
+        ("use_muon: true", {"optim.optimizer": "Muon"}),
+        ("early_stopping_steps: 3\nload_best_model_at_end: true\neval_strategy: steps",
+         {"trainer.early_stop_patience": 3, "trainer.export_best": True, "trainer.test_freq": 5}),
+        ("save_strategy: best", {"trainer.save_best": True, "trainer.save_freq": -1}),
+        ("save_strategy: no", {"trainer.save_freq": -1}),
+        ("report_to: [wandb, swanlab]",
+         {"trainer.logger": ["console", "file", "tensorboard", "wandb", "swanlab"]}),
+        ("report_to: none", {"trainer.logger": ["console", "file", "tensorboard"]}),
+        ("pure_bf16: true", {"engine.model_dtype": "bf16", "engine.dtype": "bf16"}),
+        ("bf16: false", {"engine.dtype": "fp32"}),
+        ("fp16: true", {"engine.dtype": "bf16"}),
+        ("gradient_checkpointing: false", {"model.enable_gradient_checkpointing": False}),
+        ("disable_gradient_checkpointing: true", {"model.enable_gradient_checkpointing": False}),
+        ("flash_attn: fa2", {"model.attn_implementation": "flash_attention_2"}),
+        ("flash_attn: fa3", {"model.attn_implementation": "auto"}),
+        ("neftune_noise_alpha: 5", {"model.neftune_noise_alpha": 5.0}),
+        ("disable_shuffling: true", {"data.shuffle": False}),
+        ("preserve_thinking: true", {"data.history_thinking": "keep"}),
+        ("train_on_prompt: true", {"data.prompt_weight": 1.0}),
+        ("enable_thinking: false",
+         {"data.apply_chat_template_kwargs": {"enable_thinking": False}}),
+        ("resume_from_checkpoint: true", {"trainer.resume_mode": "auto"}),
+        ("resume_from_checkpoint: old/global_step_3",
+         {"trainer.resume_mode": "resume_path", "trainer.resume_from_path": "old/global_step_3"}),
+        ("no_cuda: true", {"trainer.device": "cpu"}),
+        ("finetuning_type: lora\nlora_target: q_proj, v_proj\npissa_init: true\n"
+         "use_rslora: true\nuse_dora: true\nloraplus_lr_ratio: 16",
+         {"model.target_modules": ["q_proj", "v_proj"], "model.lora_init": "pissa",
+          "model.use_rslora": True, "model.use_dora": True, "optim.loraplus_lr_ratio": 16.0}),
+        ("finetuning_type: lora\nquantization_bit: 8", {"model.quantization": "int8"}),
+        ("fsdp: shard_grad_op offload\ndeepspeed:",
+         {"engine.reshard_after_forward": False, "engine.offload": True}),
+        ("deepspeed: ds_z0_config.json", {"engine.reshard_after_forward": False}),
+        ("deepspeed: {zero_optimization: {stage: 3, offload_param: {device: cpu}}}",
+         {"engine.reshard_after_forward": True, "engine.offload": True}),
+        ("per_device_train_batch_size: 1\ngradient_accumulation_steps: 3",
+         {"data.train_batch_size": 24}),
+    ],
+)  # fmt: skip
+def test_arguments_become_keys(folder: Path, text: str, wanted: dict[str, Any]) -> None:
+    """Each argument, added to a file that has others, gives exactly these values."""
+    lines = {line.partition(":")[0]: line for line in USERRL.strip().splitlines()}
+    lines |= {line.partition(":")[0]: line for line in text.splitlines()}
+    config, _ = load(folder, "\n".join(lines.values()))
+    for key, value in wanted.items():
+        found: Any = config
+        for part in key.split("."):
+            found = getattr(found, part)
+        assert found == value, key
+
+
+def test_every_argument_has_a_class() -> None:
+    """LLaMA-Factory's own and those of the installed transformers; none has two."""
+    transformers = pytest.importorskip("transformers")
+    theirs = {f.name for f in fields(transformers.Seq2SeqTrainingArguments) if f.init}
+    known = [name for name, _, _ in arguments()]
+    assert sorted({*NAMES, *theirs} - set(known)) == []
+    assert len(known) == len(set(known)) == len(KNOWN)
+    keys = dict(config_keys(TrainConfig))
+    assert all(key in keys for key in SAME.values())
+
+
+@pytest.mark.parametrize("name", IDLE)
+def test_without_a_counterpart(folder: Path, name: str) -> None:
+    """It is said, with the reason and without its value, and changes nothing."""
+    plain, _ = load(folder, USERRL.replace(f"\n{name}:", "\n# "))
+    config, said = load(folder, f"{USERRL}\n{name}: s3cret\n")
+    assert config == plain
+    assert f"{name} has no effect: {IDLE[name]}" in said and "s3cret" not in "".join(said)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_training_is_refused(folder: Path, name: str) -> None:
+    """With what to do instead; switched off, or at its default, it is no hindrance."""
+    with pytest.raises(UsageError) as refused:
+        load(folder, f"{USERRL}\n{name}: 1\n")
+    assert refused.value.what.startswith(name) and refused.value.fix == REFUSED[name]
+    for value in ("false", "null", "0", "none"):
+        load(folder, f"{USERRL}\n{name}: {value}\n")
+    load(folder, f"{USERRL}\nmix_strategy: concat\nmodel_revision: main\n")
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_changed_meaning_is_explained(folder: Path, name: str) -> None:
+    """Each has a line that begins with its name."""
+    value = {"num_train_epochs": "2.5", "gradient_accumulation_steps": "2", "fsdp_config": "a.json",
+             "deepspeed": "ds_z3.json", "split_special_tokens": "false",
+             "metric_for_best_model": "rouge"}.get(name, "true")  # fmt: skip
+    _, said = load(folder, f"{USERRL}\n{name}: {value}\n")
+    start = "batch" if name == "gradient_accumulation_steps" else name
+    assert any(line.startswith(f"{start}:") for line in said)
+
+
+def test_the_page_has_the_table() -> None:
+    """docs/llamafactory.md says of every argument what the code does with it."""
+    assert table() in PAGE.read_text("utf-8"), "run: python -m tests.llamafactory_table"
+
+
+def test_their_own_words_on_the_line(folder: Path) -> None:
+    """`argument=value` beside the file, as their command takes it; ours win over both."""
+    words = ("learning_rate=2e-5", "logging_steps=1", "save_strategy=no", "optim.clip_grad=0.5")
+    config, _ = load(folder, USERRL, *words, "max_grad_norm=2")
+    assert (config.optim.lr, config.trainer.log_freq, config.trainer.save_freq) == (2e-5, 1, -1)
+    assert config.optim.clip_grad == 0.5
+    with pytest.raises(UsageError, match="unknown key 'learning_rate'"):
+        load_config(TrainConfig, ["learning_rate=1"])
+
+
+def test_templates_are_compared(folder: Path) -> None:
+    """A template of another family than the model's own is told; the right one is not."""
+    model = folder / "model"
+    model.mkdir()
+    (model / "chat_template.jinja").write_text("<|im_start|>")
+    text = USERRL.replace("Qwen/Qwen3-8B", str(model))
+    _, right = load(folder, text)
+    _, wrong = load(folder, text.replace("template: qwen3", "template: llama3"))
+    (model / "chat_template.jinja").unlink()
+    (model / "tokenizer_config.json").write_text('{"chat_template": "<|im_start|>"}')
+    _, again = load(folder, text.replace("template: qwen3", "template: llama3"))
+    assert not any("is another one" in line for line in right)
+    assert wrong == again and any("llama3 is another one" in line for line in wrong)
+
+
+def entry(root: Path, **changes: Any) -> dict[str, Any]:
+    """The source that an entry of `dataset_info.json` becomes."""
+    info = {"a": {"file_name": "merged.json", **changes}}
+    (root / "data" / "dataset_info.json").write_text(json.dumps(info))
+    config, _ = load(root, USERRL.replace("merged_gym_sft", "a"))
+    return dict(config.data.train_files[0])
+
+
+def test_entries_of_data_sets(folder: Path) -> None:
+    """Names on the hub with folders, caps, directories, tags; only named columns are read."""
+    assert entry(folder, formatting="sharegpt", num_samples=5, tags={"role_tag": "r"}) == {
+        "path": str(Path("data") / "merged.json"),
+        "name": "a",
+        "columns": {"messages": "conversations", "system": "", "tools": ""},
+        "format": "sharegpt",
+        "tags": {"role_tag": "r"},
+        "max_rows": 5,
+    }
+    hub = entry(folder, hf_hub_url="org/name", folder="sub", split="train", subset="default")
+    assert hub["path"] == "hf://datasets/org/name/sub" and hub["format"] == "alpaca"
+    assert hub["columns"]["query"] == "input" and hub["columns"]["history"] == ""
+    named = entry(folder, columns={"prompt": "q", "response": "a"})
+    assert named["columns"]["prompt"] == "q" and named["columns"]["query"] == ""
+    openai = {"role_tag": "role", "user_tag": "user"}
+    assert entry(folder, formatting="openai", tags=openai)["format"] == "verl"
+    (folder / "data" / "many").mkdir()
+    (folder / "data" / "many" / "1.json").write_text("[]")
+    assert entry(folder, file_name="many")["path"] == [str(Path("data/many/1.json"))]
+    assert entry(folder, file_name=None, cloud_file_name="s3://b/k.json")["path"].startswith("s3")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ranking": True}, "preferences"),
+        ({"columns": {"chosen": "c", "rejected": "r"}}, "preferences"),
+        ({"columns": {"images": "i"}}, "images is not supported"),
+        ({"columns": ["prompt"]}, "not an object of names"),
+        ({"subset": "en"}, "subset=en is not supported"),
+        ({"split": "test"}, "split=test is not supported"),
+        ({"script_url": "x", "file_name": None}, "script_url=x is not supported"),
+        ({"ms_hub_url": "x"}, "ms_hub_url=x is not supported"),
+        ({"file_name": None}, "no file_name"),
+        ({"formatting": "chatml"}, "formatting=chatml"),
+        ({"formating": "alpaca"}, "Did you mean 'formatting'"),
+        ({"formatting": "openai", "columns": {"messages": "chat"}}, "messages_key=chat"),
+        ({"formatting": "openai", "tags": {"user_tag": "human"}}, "has no tags"),
+        ({"num_samples": "many"}, "max_samples=many"),
+    ],
+)
+def test_entries_that_cannot_be_read(folder: Path, changes: Any, message: str) -> None:
+    """Refused by field, with what to do instead."""
+    with pytest.raises(UsageError, match=message):
+        entry(folder, **changes)
+
+
+def test_where_data_sets_are_described(folder: Path) -> None:
+    """ONLINE takes names on the hub; a mapping stands for the file; else the file must be one."""
+    config, _ = load(folder, USERRL + "dataset_dir: ONLINE\n")
+    assert config.data.train_files[0]["path"] == "hf://datasets/merged_gym_sft"
+    config, _ = load(folder, USERRL + "dataset_dir: {merged_gym_sft: {file_name: x.json}}\n")
+    assert config.data.train_files[0]["path"] == str(folder / "x.json")
+    for text, message in (
+        ("[]", "no object"),
+        ("{", "cannot read"),
+        ('{"merged_gym_sft": 1}', "by an object"),
+    ):
+        (folder / "data" / "dataset_info.json").write_text(text)
+        with pytest.raises(UsageError, match=message):
+            load(folder, USERRL)
+
+
+def test_a_file_with_a_val_size_is_trained_and_validated(folder: Path) -> None:
+    """The rows are divided: none is on both sides, none is lost."""
+    rows = [{**ALPACA_ROW, "instruction": f"{n}?", "history": []} for n in range(20)]
+    (folder / "data" / "envscaler.json").write_text(json.dumps(rows))
+    config, _ = load(folder, ENVSCALER + "val_size: 0.25\n")
+    train, val = open_sources(config.data, cache=folder / "cache")
+    options = ReadOptions(multiturn=True)
+    sides = [[r.source for r in read_mix(found, options=options)] for found in (train, val[""])]
+    assert [len(side) for side in sides] == [15, 5] and len({*sides[0], *sides[1]}) == 20
+
+
+def test_several_sets_to_validate_on(folder: Path) -> None:
+    """One loss for all of them, or one for each."""
+    text = USERRL + "eval_dataset: merged_gym_sft, envscaler\n"
+    config, _ = load(folder, text)
+    assert [source["name"] for source in config.data.val_files] == ["merged_gym_sft", "envscaler"]
+    config, _ = load(folder, text + "eval_on_each_dataset: true\n")
+    assert list(config.data.val_files) == ["merged_gym_sft", "envscaler"]
+    _, val = open_sources(config.data, cache=folder / "cache")
+    assert list(val) == ["merged_gym_sft", "envscaler"]

@@ -1,7 +1,7 @@
 """A LLaMA-Factory YAML file and its `dataset_info.json`, read as our configuration.
 
-Every key ends in one of three ways: it becomes keys of ours, it has no counterpart and is named, or
-it is refused because the run would mean something else. Defaults are LLaMA-Factory's own where they
+Every key becomes keys of ours, or is named with what it means here, or is refused because the run
+would be another one; `llamafactory_keys.py` says which. Defaults are LLaMA-Factory's own where they
 differ from ours.
 """
 
@@ -9,94 +9,34 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from verl_sft.config.checks import one_of, real, whole
+from verl_sft.config.llamafactory_data import near, sources, split_names
+from verl_sft.config.llamafactory_keys import (
+    CHANGED,
+    DEFAULTS,
+    IDLE,
+    KERNELS,
+    LOGGERS,
+    MARKS,
+    OPTIMIZERS,
+    READ,
+    REFUSED,
+    SAME,
+    SCHEDULES,
+    asks_for,
+)
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
 
-# Their key -> ours, the value as it is.
-_SAME = {
-    "model_name_or_path": "model.partial_pretrain",
-    "adapter_name_or_path": "model.lora_adapter_path",
-    "trust_remote_code": "model.trust_remote_code",
-    "enable_liger_kernel": "model.use_liger",
-    "use_rslora": "model.use_rslora",
-    "use_dora": "model.use_dora",
-    "neftune_noise_alpha": "model.neftune_noise_alpha",
-    "loraplus_lr_ratio": "optim.loraplus_lr_ratio",
-    "cutoff_len": "data.max_length",
-    "mask_history": "data.mask_history",
-    "preprocessing_num_workers": "data.num_workers",
-    "learning_rate": "optim.lr",
-    "weight_decay": "optim.weight_decay",
-    "adam_epsilon": "optim.eps",
-    "max_grad_norm": "optim.clip_grad",
-    "warmup_ratio": "optim.lr_warmup_steps_ratio",
-    "max_steps": "trainer.total_training_steps",
-    "save_total_limit": "trainer.max_ckpt_to_keep",
-    "logging_steps": "trainer.log_freq",
-    "run_name": "trainer.experiment_name",
-    "seed": "trainer.seed",
-    "output_dir": "trainer.default_local_dir",
-}
-_DEFAULTS: dict[str, Any] = {
-    "cutoff_len": 2048,
-    "learning_rate": 5e-5,
-    "num_train_epochs": 3.0,
-    "per_device_train_batch_size": 8,
-    "gradient_accumulation_steps": 1,
-    "lr_scheduler_type": "linear",
-    "warmup_ratio": 0.0,
-    "weight_decay": 0.0,
-    "adam_beta1": 0.9,
-    "adam_beta2": 0.999,
-    "max_grad_norm": 1.0,
-    "seed": 42,
-    "save_strategy": "steps",
-    "save_steps": 500,
-    "finetuning_type": "lora",
-    "optim": "adamw_torch",
-}
-_NO_COUNTERPART = {
-    "do_train": "this command trains",
-    "do_eval": "validation runs wherever there are validation rows",
-    "overwrite_cache": "a token cache is never used for other data or settings",
-    "overwrite_output_dir": "a run goes on, or is refused where it is another one",
-    "ddp_timeout": "no rank waits for another one's preprocessing",
-    "plot_loss": "loss.png is always drawn",
-    "save_only_model": "checkpoints hold what a resume needs; the export is the model alone",
-    "packing": "samples are always packed, and never see each other",
-    "neat_packing": "samples are always packed, and never see each other",
-    "dataloader_num_workers": "batches are read from a mapped file, without workers",
-    "dataloader_pin_memory": "batches are read from a mapped file, without workers",
-    "group_by_length": "packing does it better",
-    "remove_unused_columns": "rows are read by the columns that a format has",
-    "per_device_eval_batch_size": "validation has the micro-batches of training",
-    "include_num_input_tokens_seen": "train/total_tokens is always there",
-    "low_cpu_mem_usage": "engine.meta_start decides",
-    "resize_vocab": "a tokenizer that does not fit the model is refused",
-    "use_fast_tokenizer": "only fast tokenizers are read",
-    "streaming": "rows are always streamed",
-    "fp16": "compute is bf16 or fp32 here",
-    "tf32": "engine.fp32_matmul decides",
-    "cache_dir": "HF_HOME decides",
-    "push_to_hub": "trainer.upload_uri decides",
-}
-# Fields of a data set that choose other rows, or another kind of training.
-_OTHER_DATA = ("subset", "split", "folder", "ranking", "script_url", "ms_hub_url", "om_hub_url")
-_SCHEDULES = {
-    "cosine": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
-    "warmup_stable_decay": "wsd",
-    "cosine_with_min_lr": "cosine",
-}
-_LOGGERS = ("wandb", "mlflow", "tensorboard", "swanlab", "trackio")
+KNOWN = frozenset((*SAME, *READ, *CHANGED, *IDLE, *REFUSED))
+# Arguments of a changed meaning that have a line of their own where it matters.
+_TOLD = {"gradient_accumulation_steps", "num_train_epochs", "deepspeed", "metric_for_best_model",
+         "split_special_tokens"}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -107,209 +47,300 @@ class Translation:
     notes: list[str] = field(default_factory=list)
 
 
-def read_llamafactory(path: Path, *, world_size: int) -> Translation:
-    """Translate a YAML file; data sets are looked up in its `dataset_dir`.
+def read_llamafactory(
+    path: Path, *, world_size: int, changes: Mapping[str, Any] | None = None
+) -> Translation:
+    """Translate a YAML or JSON file; data sets are looked up in its `dataset_dir`.
 
     Args:
-        path: the YAML file.
+        path: the file.
         world_size: number of processes: their batch size is per process.
+        changes: arguments of theirs given on the command line; they win.
 
     Raises:
-        UsageError: the file cannot be read, asks for another stage than sft, or names a data set
-            that `dataset_info.json` does not have.
+        UsageError: the file cannot be read, asks for another kind of training, or names a data
+            set that `dataset_info.json` does not have.
     """
-    given = _read_yaml(path)
-    asked = {k: v for k, v in given.items() if v is not None}
+    given = {**_read_yaml(path), **(changes or {})}
+    asked = {key: value for key, value in given.items() if value is not None}
+    for key, fix in REFUSED.items():
+        if key in asked and asks_for(key, asked[key]):
+            raise UsageError(f"{key}: {asked[key]} is not supported", where=str(path), fix=fix)
     if asked.get("stage", "sft") != "sft":
         raise UsageError(
             f"stage: {asked['stage']} is not supported", where=str(path), fix="Use sft"
         )
     done = Translation()
-    known = {**_DEFAULTS, **asked}
-    for theirs, ours in _SAME.items():
+    known = {**DEFAULTS, **asked}
+    for theirs, ours in SAME.items():
         if known.get(theirs) is not None:
             done.values[ours] = known[theirs]
-    for step in (_data, _batches, _model, _schedule, _engine, _saving):
-        step(known, done, path, world_size)
-    done.notes += [
-        f"{key} has no effect: {_NO_COUNTERPART[key]}" for key in asked if key in _NO_COUNTERPART
-    ]
-    left = sorted(asked.keys() - _SAME.keys() - _NO_COUNTERPART.keys() - _READ)
-    done.notes += [f"{key}: {asked[key]} has no counterpart here and is ignored" for key in left]
+    for step in (_data, _thoughts, _batches, _model, _adapters, _optimizer, _schedule, _length,
+                 _engine, _saving):  # fmt: skip
+        step(known, done, path)
+    _train_batch(known, done, world_size)
+    changed = [key for key in asked if key in CHANGED and asked[key] and key not in _TOLD]
+    done.notes += [f"{key}: {CHANGED[key]}" for key in changed]
+    done.notes += [f"{key} has no effect: {IDLE[key]}" for key in asked if key in IDLE]
+    for key in sorted(asked.keys() - KNOWN):
+        near_it = unknown_name("argument", key, KNOWN).fix.partition(" Known")[0]
+        hint = f" ({near_it})" if near_it.startswith("Did") else ""
+        done.notes.append(f"{key} has no counterpart here and is ignored{hint}")
     return done
 
 
-def _data(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
-    folder = _folder(known.get("dataset_dir", "data"), path)
-    names = _names(known.get("dataset"))
-    if not names:
+def take_changes(words: Sequence[str], ours: Container[str]) -> tuple[dict[str, Any], list[str]]:
+    """Take `argument=value` words of theirs out of a command line.
+
+    Args:
+        words: of the command line.
+        ours: keys that are not theirs.
+
+    Returns:
+        Arguments with values as YAML reads them, and the words that are left.
+    """
+    import yaml
+
+    changes: dict[str, Any] = {}
+    rest: list[str] = []
+    for word in words:
+        key, sign, value = word.partition("=")
+        if sign and key in KNOWN and key not in ours:
+            changes[key] = yaml.safe_load(value)
+        else:
+            rest.append(word)
+    return changes, rest
+
+
+def _data(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    where = {"directory": known.get("dataset_dir", "data"), "base": path}
+    where["max_samples"] = known.get("max_samples")
+    done.values["data.train_files"] = sources(known.get("dataset"), **where)
+    if not done.values["data.train_files"]:
         raise UsageError("no dataset is named", where=str(path))
-    done.values["data.train_files"] = [_source(name, folder, known) for name in names]
-    held_out = _names(known.get("eval_dataset"))
-    done.values["data.val_files"] = [_source(n, folder, known) for n in held_out] or "none"
+    held_out = sources(known.get("eval_dataset"), **where)
+    done.values["data.val_files"] = held_out or "none"
+    if held_out and known.get("eval_on_each_dataset"):
+        done.values["data.val_files"] = {source["name"]: source for source in held_out}
+    done.values["data.val_seed"] = known["seed"]
     if known.get("val_size"):
         done.notes.append(
-            f"val_size: {known['val_size']} is not done while training: hold rows out once with "
-            "verl-sft convert in=... out=DIR val_fraction=..., by group, and train from DIR"
+            "val_size: rows that begin alike or belong to one task, here whole groups, are held "
+            "out together, so their number is near the one asked for"
         )
-    done.values["data.multiturn.enable"] = True
     masked = bool(known.get("mask_history"))
+    if known.get("train_on_prompt"):
+        if masked:
+            raise UsageError("mask_history and train_on_prompt exclude each other", where=str(path))
+        done.values["data.prompt_weight"] = 1.0
+    done.values["data.multiturn.enable"] = True
     done.values["data.mask_history"] = masked
     done.values["data.truncation"] = "oldest_turns" if masked else "right"
+    done.values["data.shuffle"] = not known.get("disable_shuffling", False)
+    if known.get("split_special_tokens") is False:
+        done.notes.append("split_special_tokens: false needs data.special_tokens_in_content=allow")
     done.notes.append(
         "cutoff_len: too long conversations lose their oldest turns"
         if masked
         else "cutoff_len: too long conversations are cut on the right, and counted with lost stops"
     )
-    if known.get("train_on_prompt"):
-        done.values["data.prompt_weight"] = 1.0
-    if "enable_thinking" in known:
-        done.values["data.apply_chat_template_kwargs"] = {
-            "enable_thinking": known["enable_thinking"]
-        }
-    if known.get("template"):
+
+
+def _thoughts(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    """Thoughts and the template that shows them."""
+    if known.get("preserve_thinking"):
+        done.values["data.history_thinking"] = "keep"
+    elif not known.get("mask_history"):
         done.notes.append(
-            f"template: {known['template']} names a template; the tokenizer's own chat template is "
-            "used. Turns without a thought get no empty one that is trained"
+            "thoughts of earlier turns: as the chat template shows them when the model answers; "
+            "there they stay in the text (data.history_thinking=keep)"
+        )
+    if "enable_thinking" in known:
+        thinks = known["enable_thinking"]
+        done.values["data.apply_chat_template_kwargs"] = {"enable_thinking": thinks}
+    template = str(known.get("template") or "")
+    name = max((n for n in MARKS if template.startswith(n)), key=len, default="")
+    own = _chat_template(Path(str(known.get("model_name_or_path", ""))).expanduser())
+    if name and own and MARKS[name] not in own:
+        done.notes.append(
+            f"template: {template} is another one than the model's chat template, which has no "
+            f"{MARKS[name]}; model.custom_chat_template sets another"
         )
 
 
-def _source(name: str, folder: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-    """A data set of `dataset_info.json` as a source of a mix."""
-    table = folder / "dataset_info.json"
+def _chat_template(folder: Path) -> str:
+    """The chat template in a model's folder; empty where there is none, or no such folder."""
     try:
-        listed = json.loads(table.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"cannot read dataset_info.json: {error}",
-            where=str(table),
-            fix="Set dataset_dir to the folder that holds it",
-        ) from error
-    if not isinstance(listed, dict) or not isinstance(listed.get(name, {}), dict):
-        raise UsageError(f"data set '{name}' is not described by an object", where=str(table))
-    if name not in listed:
-        raise unknown_name("data set", name, listed)
-    entry = listed[name]
-    if other := [key for key in _OTHER_DATA if entry.get(key) not in (None, False, "", "train")]:
-        raise UsageError(
-            f"data set '{name}': {other[0]}={entry[other[0]]} is not supported",
-            where=str(table),
-            fix="Fetch the rows that you mean into a file, and give it as file_name",
-        )
-    if "file_name" in entry:
-        place = str(folder / entry["file_name"])
-    elif "hf_hub_url" in entry:
-        place = f"hf://datasets/{entry['hf_hub_url']}"
-    else:
-        raise UsageError(f"data set '{name}' has no file_name", where=str(table))
-    source: dict[str, Any] = {"path": place, "name": name}
-    source["format"] = str(entry.get("formatting", "alpaca"))
-    for key in ("columns", "tags"):
-        if entry.get(key):
-            source[key] = entry[key]
-    cap = entry.get("num_samples") or known.get("max_samples")
-    if cap:
-        source["max_rows"] = whole("max_samples", cap)
-    return source
+        if (file := folder / "chat_template.jinja").is_file():
+            return file.read_text("utf-8")
+        settings = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        return json.dumps(settings.get("chat_template") or "", ensure_ascii=False)
+    except (OSError, ValueError, AttributeError):
+        return ""
 
 
-def _batches(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
-    micro = whole("per_device_train_batch_size", known["per_device_train_batch_size"])
+def _batches(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    key = "per_device_train_batch_size"
+    done.values["data.micro_batch_size_per_gpu"] = whole(key, known[key])
+
+
+def _train_batch(known: Mapping[str, Any], done: Translation, world_size: int) -> None:
+    micro = done.values["data.micro_batch_size_per_gpu"]
     rounds = whole("gradient_accumulation_steps", known["gradient_accumulation_steps"])
     total = micro * rounds * world_size
-    done.values["data.micro_batch_size_per_gpu"] = micro
     done.values["data.train_batch_size"] = total
     done.notes.append(
         f"batch: {micro} x {rounds} x {world_size} processes = data.train_batch_size={total}"
     )
 
 
-def _model(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
+def _model(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    if known.get("quantization_bit"):
+        bits = whole("quantization_bit", known["quantization_bit"])
+        one_of("quantization_bit", str(bits), ("4", "8"))
+        one_of("quantization_method", str(known.get("quantization_method", "bnb")).lower(),
+               ("bnb", "bitsandbytes"))  # fmt: skip
+        one_of("quantization_type", str(known.get("quantization_type", "nf4")), ("nf4",))
+        done.values["model.quantization"] = "nf4" if bits == 4 else "int8"
+    switches = [known.get(f"{what}_checkpointing") for what in ("gradient", "activation")]
+    off = known.get("disable_gradient_checkpointing") or False in switches
+    done.values["model.enable_gradient_checkpointing"] = not off
+    kernel = str(known.get("flash_attn", "auto"))
+    if kernel in KERNELS:
+        done.values["model.attn_implementation"] = KERNELS[kernel]
+    elif kernel != "auto":
+        done.notes.append(f"flash_attn: {kernel} is not there; the fastest kernel is chosen")
+    if known.get("use_cpu") or known.get("no_cuda"):
+        done.values["trainer.device"] = "cpu"
+
+
+def _adapters(known: Mapping[str, Any], done: Translation, path: Path) -> None:
     kind = known["finetuning_type"]
     if kind not in ("full", "lora"):
         raise UsageError(
             f"finetuning_type: {kind} is not supported", where=str(path), fix="Use full or lora"
         )
-    if kind == "lora":
-        rank = whole("lora_rank", known.get("lora_rank", 8))
-        targets = known.get("lora_target", "all")
-        done.values["model.lora_rank"] = rank
-        done.values["model.lora_alpha"] = whole("lora_alpha", known.get("lora_alpha", 2 * rank))
-        done.values["model.lora_dropout"] = real("lora_dropout", known.get("lora_dropout", 0.0))
-        done.values["model.target_modules"] = "all-linear" if targets == "all" else _names(targets)
+    loaded = split_names(known.get("adapter_name_or_path"))
+    if len(loaded) > 1 or (loaded and kind == "full"):
+        fix = "Merge adapters into the model first: verl-sft export"
+        raise UsageError(f"adapter_name_or_path: {', '.join(loaded)} is not supported", fix=fix)
+    if loaded:
+        done.values["model.lora_adapter_path"] = loaded[0]
+    if kind == "full":
+        return
+    rank = whole("lora_rank", known.get("lora_rank", 8))
+    targets = split_names(known.get("lora_target", "all"))
+    done.values["model.lora_rank"] = rank
+    done.values["model.lora_alpha"] = whole("lora_alpha", known.get("lora_alpha", 2 * rank))
+    done.values["model.lora_dropout"] = real("lora_dropout", known.get("lora_dropout", 0.0))
+    done.values["model.target_modules"] = "all-linear" if targets == ["all"] else targets
     if known.get("pissa_init"):
         done.values["model.lora_init"] = "pissa"
-    if known.get("quantization_bit"):
-        bits = whole("quantization_bit", known["quantization_bit"])
-        if bits not in (4, 8):
-            raise UsageError(f"quantization_bit: {bits} is not supported", fix="Use 4 or 8")
-        done.values["model.quantization"] = "nf4" if bits == 4 else "int8"
-    recompute = not known.get("disable_gradient_checkpointing", False)
-    done.values["model.enable_gradient_checkpointing"] = recompute
-    kernels = {"fa2": "flash_attention_2", "sdpa": "sdpa", "disabled": "eager"}
-    if wanted := kernels.get(str(known.get("flash_attn", "auto"))):
-        done.values["model.attn_implementation"] = wanted
 
 
-def _schedule(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
-    name = str(known["lr_scheduler_type"])
-    if name not in _SCHEDULES:
-        raise unknown_name("lr_scheduler_type", name, _SCHEDULES)
-    done.values["optim.lr_scheduler"] = _SCHEDULES[name]
+def _optimizer(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    name = str(known["optim"])
+    if known.get("use_muon"):
+        done.values["optim.optimizer"] = "Muon"
+    elif name in OPTIMIZERS:
+        library, optimizer = OPTIMIZERS[name]
+        done.values |= {"optim.optimizer_impl": library, "optim.optimizer": optimizer}
+    else:
+        raise unknown_name("optim", name, OPTIMIZERS)
     done.values["optim.betas"] = [real(k, known[k]) for k in ("adam_beta1", "adam_beta2")]
+    if known.get("optim_args"):
+        done.values["optim.override_optimizer_config"] = _pairs(known["optim_args"], "optim_args")
+
+
+def _schedule(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    name = str(known["lr_scheduler_type"])
+    if name not in SCHEDULES:
+        raise unknown_name("lr_scheduler_type", name, SCHEDULES)
+    done.values["optim.lr_scheduler"] = SCHEDULES[name]
     if known.get("warmup_steps"):
         steps = real("warmup_steps", known["warmup_steps"])
         key = "lr_warmup_steps_ratio" if steps < 1 else "lr_warmup_steps"  # below 1: a share
         done.values[f"optim.{key}"] = steps if steps < 1 else whole("warmup_steps", steps)
+    if name == "constant":  # theirs has no warm-up, whatever is asked for
+        done.values |= {"optim.lr_warmup_steps_ratio": 0.0, "optim.lr_warmup_steps": -1}
+    more = _pairs(known.get("lr_scheduler_kwargs") or {}, "lr_scheduler_kwargs")
+    for key in ("num_cycles", "power"):
+        if real(key, more.pop(key, 1)) != 1 and name in ("cosine_with_restarts", "polynomial"):
+            raise UsageError(
+                f"lr_scheduler_kwargs: {name} with another {key} than 1 is not supported",
+                where=str(path),
+                fix=f"Use lr_scheduler_type: {SCHEDULES[name]}",
+            )
+    peak, least = real("learning_rate", known["learning_rate"]), more.pop("min_lr", None)
+    least = more.pop("lr_end", least)
+    if least is not None and peak > 0:
+        done.values["optim.min_lr_ratio"] = real("min_lr", least) / peak
+    for key in ("min_lr_rate", "min_lr_ratio"):
+        if key in more:
+            done.values["optim.min_lr_ratio"] = real(key, more.pop(key))
+    if name == "warmup_stable_decay":
+        done.notes.append("lr_scheduler_type: the decay is the last tenth of the run")
+    done.notes += [f"lr_scheduler_kwargs: {key} has no effect" for key in more]
+
+
+def _length(known: Mapping[str, Any], done: Translation, path: Path) -> None:
     epochs = real("num_train_epochs", known["num_train_epochs"])
     done.values["trainer.total_epochs"] = max(1, math.ceil(epochs))
     if epochs != math.ceil(epochs):
         done.notes.append(f"num_train_epochs: {epochs} is rounded up to {math.ceil(epochs)}")
-    if not str(known["optim"]).startswith("adamw"):
-        done.notes.append(f"optim: {known['optim']} is replaced by AdamW; see optim.optimizer")
+    if real("max_steps", known.get("max_steps", -1)) > 0:  # data is repeated until they are done
+        steps = whole("max_steps", known["max_steps"])
+        done.values |= {"trainer.total_training_steps": steps, "trainer.total_epochs": steps}
 
 
-def _engine(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
-    half = bool(known.get("bf16") or known.get("fp16"))
+def _engine(known: Mapping[str, Any], done: Translation, path: Path) -> None:
+    half = bool(known.get("bf16") or known.get("fp16") or known.get("pure_bf16"))
     done.values["engine.dtype"] = "bf16" if half else "fp32"
     if known.get("pure_bf16"):
-        done.values |= {"engine.dtype": "bf16", "engine.model_dtype": "bf16"}
-    given = known.get("deepspeed")
-    if not given:
+        done.values["engine.model_dtype"] = "bf16"
+    if given := known.get("deepspeed"):
+        stage, offload = _zero(given, path)
+        kept = "sharded in the forward pass too" if stage == 3 else "kept until the backward pass"
+        done.notes.append(f"deepspeed: ZeRO stage {stage} is FSDP2 with parameters {kept}")
+    elif given := known.get("fsdp"):
+        words = given if isinstance(given, list) else str(given).replace(",", " ").split()
+        stage, offload = 2 if "shard_grad_op" in words else 3, "offload" in words
+    else:
         return
-    stage, offload = (
-        _zero_of(given) if isinstance(given, dict) else _zero_file(_folder(given, path))
-    )
-    done.values["engine.reshard_after_forward"] = stage == 3
-    done.values["engine.offload"] = offload
-    kept = "sharded in the forward pass too" if stage == 3 else "gathered until the backward pass"
-    done.notes.append(f"deepspeed: ZeRO stage {stage} is FSDP2 with parameters {kept}")
+    done.values |= {"engine.reshard_after_forward": stage == 3, "engine.offload": offload}
 
 
-def _zero_of(content: Mapping[str, Any]) -> tuple[int, bool]:
-    """The stage, and whether something is offloaded."""
-    zero = content.get("zero_optimization", {})
-    devices = [zero.get(f"offload_{what}", {}).get("device") for what in ("param", "optimizer")]
-    return int(zero.get("stage", 0)), "cpu" in devices
-
-
-def _zero_file(path: Path) -> tuple[int, bool]:
-    """The same by the file or else by its name."""
+def _zero(given: Any, path: Path) -> tuple[int, bool]:
+    """The stage, and whether something is offloaded: by content, else by the file's name."""
+    file = Path() if isinstance(given, dict) else near(given, path)
     try:
-        return _zero_of(json.loads(path.read_text(encoding="utf-8-sig")))
-    except (OSError, ValueError, AttributeError):
-        name = path.name.lower()
+        content = given if isinstance(given, dict) else json.loads(file.read_text("utf-8-sig"))
+        zero = content.get("zero_optimization", {})
+        places = [zero.get(f"offload_{what}") or {} for what in ("param", "optimizer")]
+        return int(zero.get("stage", 0)), any(p.get("device") in ("cpu", "nvme") for p in places)
+    except (OSError, ValueError, AttributeError, TypeError):
+        name = file.name.lower()
         stage = next((n for n in (3, 2, 1) if f"z{n}" in name or f"zero{n}" in name), 0)
         return stage, "offload" in name
 
 
-def _saving(known: Mapping[str, Any], done: Translation, path: Path, world_size: int) -> None:
+def _saving(known: Mapping[str, Any], done: Translation, path: Path) -> None:
     done.values["trainer.save_freq"] = _plan("save", known["save_strategy"], known["save_steps"])
+    if known["save_strategy"] == "best":
+        done.values["trainer.save_best"] = True
     held = known.get("eval_strategy", known.get("evaluation_strategy", "no"))
-    steps = known.get("eval_steps") or 500
+    steps = known.get("eval_steps") or known.get("logging_steps") or 500
     done.values["trainer.test_freq"] = _plan("eval", held, steps)
-    wanted = [w for w in _names(known.get("report_to")) if w in _LOGGERS and w != "tensorboard"]
-    done.values["trainer.logger"] = ["console", "file", "tensorboard", *wanted]
+    wanted = split_names(known.get("report_to"))
+    if known.get("use_swanlab"):
+        wanted.append("swanlab")
+    more = [name for name in LOGGERS if name in wanted]
+    done.values["trainer.logger"] = ["console", "file", "tensorboard", *more]
+    if odd := set(wanted) - {*LOGGERS, "tensorboard", "none"}:
+        done.notes.append(f"report_to: {', '.join(sorted(odd))} has no counterpart here")
+    metric = str(known.get("metric_for_best_model", "loss"))
+    if metric not in ("loss", "eval_loss"):
+        done.notes.append(f"metric_for_best_model: {metric} is not measured; val/loss decides")
     if known.get("resume_from_checkpoint") not in (None, False, True):  # true: ours, `auto`
         done.values["trainer.resume_mode"] = "resume_path"
         done.values["trainer.resume_from_path"] = str(known["resume_from_checkpoint"])
@@ -318,42 +349,30 @@ def _saving(known: Mapping[str, Any], done: Translation, path: Path, world_size:
 def _plan(what: str, strategy: Any, steps: Any) -> Any:
     """When to save or validate, as our keys say it; YAML reads `no` as false."""
     named = "no" if strategy is False else str(strategy)
-    one_of(f"{what}_strategy", named, ("epoch", "no", "steps"))
-    plans = {"epoch": "after_each_epoch", "no": -1}
+    one_of(f"{what}_strategy", named, ("epoch", "no", "steps", "best"))
+    plans = {"epoch": "after_each_epoch", "no": -1, "best": -1}
     return plans[named] if named in plans else whole(f"{what}_steps", steps)
 
 
-# Keys that the steps above read.
-_READ = {
-    "stage", "dataset", "eval_dataset", "dataset_dir", "val_size", "train_on_prompt", "template",
-    "enable_thinking", "max_samples", "per_device_train_batch_size", "gradient_accumulation_steps",
-    "finetuning_type", "lora_rank", "lora_alpha", "lora_dropout", "lora_target", "pissa_init",
-    "quantization_bit", "disable_gradient_checkpointing", "flash_attn", "lr_scheduler_type",
-    "adam_beta1", "adam_beta2", "warmup_steps", "num_train_epochs", "optim", "bf16", "pure_bf16",
-    "deepspeed", "save_strategy", "save_steps", "eval_strategy", "evaluation_strategy",
-    "eval_steps", "report_to", "resume_from_checkpoint",
-}  # fmt: skip
+def _pairs(value: Any, key: str) -> dict[str, Any]:
+    """A mapping, or text `a=1,b=2` or JSON that spells one."""
+    import yaml
 
-
-def _names(value: Any) -> list[str]:
-    if value is None:
-        return []
-    items = value if isinstance(value, list) else str(value).split(",")
-    return [str(item).strip() for item in items if str(item).strip()]
-
-
-def _folder(name: Any, path: Path) -> Path:
-    """A path of the file: as it stands, else relative to the file or to a folder above it."""
-    given = Path(str(name)).expanduser()
-    places = [given, *(parent / given for parent in path.absolute().parents)]
-    return next((place for place in places if place.exists()), given)
+    text = str(value)
+    try:
+        if not isinstance(value, Mapping):
+            rows = text if text.lstrip().startswith("{") else text.replace("=", ": ")
+            value = yaml.safe_load(rows if rows is text else rows.replace(",", "\n"))
+        return {str(name): item for name, item in value.items()}
+    except (yaml.YAMLError, AttributeError) as error:
+        raise UsageError(f"{key}: {text:.80} holds no pairs name=value") from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UsageError("cannot read the LLaMA-Factory file", where=str(path), why=why) from error

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from verl_sft.config.dialects import translate
 from verl_sft.config.flags import PREFIXES, split_flags, translate_flags
-from verl_sft.config.llamafactory import read_llamafactory
+from verl_sft.config.llamafactory import read_llamafactory, take_changes
 from verl_sft.config.secrets import DATABASES, hidden
 from verl_sft.errors import UsageError, VerlSftError
 
@@ -33,7 +33,8 @@ def load_config(
     """Build `schema` from its defaults, files, `values` and `key=value` words, in that order.
 
     Files are `--config FILE.yaml` with our keys and `--llamafactory FILE.yaml` with theirs, whose
-    batch size is per process (`world_size`; default: what torchrun says). A section given a plain
+    batch size is per process (`world_size`; default: what torchrun says), beside which their own
+    arguments may stand among the words. A section given a plain
     name (`env=alfworld`) sets its `name`. `values` has nested or dotted keys. `say` hears of every
     key of another dialect that was translated or has no effect.
 
@@ -45,11 +46,14 @@ def load_config(
     tree = OmegaConf.structured(schema)
     known = dict(config_keys(schema))
     files, overrides = _split_config_files(words)
+    theirs: dict[str, Any] = {}
+    if any(option == "--llamafactory" for option, _ in files):
+        theirs, overrides = take_changes(overrides, known)
     ranks = world_size or int(os.environ.get("WORLD_SIZE", 1))
     try:
         for option, path in files:
             if option == "--llamafactory":
-                found = read_llamafactory(path, world_size=ranks)
+                found = read_llamafactory(path, world_size=ranks, changes=theirs)
                 for note in found.notes:
                     _tell(say, note)
                 given: Iterable[tuple[str, Any]] = found.values.items()
