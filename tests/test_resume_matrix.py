@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.test_trainer import write_data
 from tests.train_ranks import (
     ToyStore,
     run_ranks,
@@ -22,6 +23,8 @@ from tests.train_ranks import (
     toy_store,
     weights_of,
 )
+from verl_sft.data import workers
+from verl_sft.data.load import load_samples
 from verl_sft.distributed.sharding import local
 from verl_sft.errors import UsageError
 from verl_sft.trainer import checkpoint
@@ -163,6 +166,39 @@ def short_store(count: int) -> ToyStore:
     """Samples of which two or three fit into a row of 24 tokens."""
     store = toy_store(200, seed=3)
     return ToyStore([s for s in store.samples if 8 <= len(s) <= LONGEST][:count])
+
+
+def test_the_number_of_workers_changes_no_bit(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches have no workers; with 0, 1 or 2 that tokenise, stores, losses and weights agree."""
+    monkeypatch.setattr(workers, "_SMALL", 4)
+    data = write_data(tmp_path / "data") / "train.parquet"
+    stores = []
+    for number in (0, 1, 2):
+        given = toy_config(model, tmp_path, data__max_length=128, data__num_workers=number).data
+        cache = tmp_path / f"cache{number}"
+        stores.append(load_samples([data], tokenizer=model, config=given, cache_dir=cache))
+    kept = [
+        {p.name: p.read_bytes() for p in store.path.iterdir() if p.suffix != ".json"}
+        for store in stores
+    ]
+    assert len(stores[0]) == 12 and kept[0] and kept[0] == kept[1] == kept[2]
+
+    given = {"trainer__save_freq": 1, "data__max_length": 128}
+    outcomes = []
+    for name, order in (("whole", [0]), ("changed", [1, 2])):
+        for number in order:
+            config = toy_config(model, tmp_path / name, data__num_workers=number, **given)
+            if number == 2:  # as if the first start had ended behind its third step
+                for step in range(4, 7):
+                    shutil.rmtree(tmp_path / name / f"global_step_{step}")
+            (report,) = run_ranks(config, train=ToyStore(list(stores[number])))
+            assert report["code"] == 0, report
+        found = steps_of(config, "train/loss", "train/grad_norm")
+        outcomes.append((found, weights_of(tmp_path / name)))
+    assert outcomes[0][0] == outcomes[1][0] and len(outcomes[0][0]) == 6
+    assert all(torch.equal(outcomes[0][1][n], outcomes[1][1][n]) for n in outcomes[0][1])
 
 
 def test_other_numbers_of_ranks(model: Path, tmp_path: Path) -> None:
