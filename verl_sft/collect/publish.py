@@ -1,12 +1,11 @@
 """Finished episodes to the files of a data set, in two passes over the journal.
 
-The first pass filters, counts and writes the raw episodes; the second builds rows and writes all
+The first pass filters, counts and writes the raw episodes; the second builds rows and publishes all
 four row files at once. One episode is in memory at a time.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from verl_sft.errors import InputError
 from verl_sft.prompts.base import PromptTemplate
 from verl_sft.records.build import episode_rows
 from verl_sft.records.filters import drop_reason, mask_steps
-from verl_sft.records.io import csv_writer, parquet_writer
+from verl_sft.records.io import SIDES, split_writers
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.split import Split, split_groups
 from verl_sft.records.stats import StatsCounter, manifest
@@ -24,7 +23,6 @@ from verl_sft.registry import PROMPTS, resolve
 from verl_sft.safe_io import dump_json, publishing, write_json
 from verl_sft.types import JSON, Episode
 
-SIDES = ("train", "val")
 FILES = (
     *(f"{side}.{kind}" for side in SIDES for kind in ("parquet", "csv")),
     "raw_trajectories.json",
@@ -65,21 +63,8 @@ def publish(
     split = split_groups(kept, val_fraction=config.output.val_fraction, seed=config.rollout.seed)
     if kept:
         metadata = {"config": identity}
-        with contextlib.ExitStack() as files:
-            writers = {
-                side: (
-                    files.enter_context(
-                        parquet_writer(directory / f"{side}.parquet", metadata=metadata)
-                    ),
-                    files.enter_context(
-                        csv_writer(
-                            directory / f"{side}.csv",
-                            spreadsheet_safe=config.output.csv_safe_for_spreadsheets,
-                        )
-                    ),
-                )
-                for side in SIDES
-            }
+        safe = config.output.csv_safe_for_spreadsheets
+        with split_writers(directory, metadata=metadata, spreadsheet_safe=safe) as writers:
             for side, record in rows.read(episodes(), split):
                 for write in writers[side]:
                     write(record)

@@ -17,13 +17,13 @@ from typing import Any
 from verl_sft.errors import InputError, UsageError
 from verl_sft.records.build import group_of, record_id, turn_records
 from verl_sft.records.files import JSON_COLUMNS
-from verl_sft.records.io import csv_writer, parquet_writer
+from verl_sft.records.io import csv_writer, parquet_writer, split_writers
 from verl_sft.records.parse import Reject
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
 from verl_sft.records.split import split_groups
 from verl_sft.records.values import BadRowError, without_nulls
-from verl_sft.safe_io import dump_json, make_output_dir, publishing
+from verl_sft.safe_io import dump_json, publishing
 from verl_sft.types import JSON
 
 Write = Callable[[SFTRecord], None]
@@ -118,15 +118,7 @@ def write_split(
     """
     groups = {r.group_id: r.task_type for r in records()}
     split = split_groups(groups, val_fraction=val_fraction, seed=seed)
-    make_output_dir(directory)
-    with contextlib.ExitStack() as files:
-        writers = {
-            side: (
-                files.enter_context(parquet_writer(directory / f"{side}.parquet", metadata={})),
-                files.enter_context(csv_writer(directory / f"{side}.csv")),
-            )
-            for side in ("train", "val")
-        }
+    with split_writers(directory, metadata={}) as writers:
         for record in records():
             side = "val" if record.group_id in split.val else "train"
             if _put(record, writers[side], reject):

@@ -16,12 +16,14 @@ from typing import Any
 
 from verl_sft.errors import InputError
 from verl_sft.records.columns import CSV_COLUMNS, CSV_SAFE, to_cell
+from verl_sft.records.file_set import publishing_set
 from verl_sft.records.files import open_parquet
 from verl_sft.records.rows import record_to_row
 from verl_sft.records.schema import COLUMNS, SCHEMA_VERSION, SFTRecord
 from verl_sft.safe_io import dump_json, publishing
 from verl_sft.types import JSON
 
+SIDES = ("train", "val")
 METADATA_KEY = b"verl_sft"
 _GROUP_BYTES = 32 << 20  # text of one row group: what a reader must hold at a time
 _GROUP_ROWS = 10_000
@@ -129,6 +131,27 @@ def csv_writer(path: Path, *, spreadsheet_safe: bool = False) -> Iterator[Record
             lines.writerow(cells)
 
         yield write
+
+
+@contextlib.contextmanager
+def split_writers(
+    directory: Path, *, metadata: Mapping[str, Any], spreadsheet_safe: bool = False
+) -> Iterator[dict[str, tuple[RecordWriter, RecordWriter]]]:
+    """Yield for each of `SIDES` the writers of its parquet and its CSV file.
+
+    All four files are published at once when the block ends, see `file_set.publishing_set`;
+    arguments as of `parquet_writer` and `csv_writer`.
+    """
+    with publishing_set(directory) as folder, contextlib.ExitStack() as files:
+        yield {
+            side: (
+                files.enter_context(parquet_writer(folder / f"{side}.parquet", metadata=metadata)),
+                files.enter_context(
+                    csv_writer(folder / f"{side}.csv", spreadsheet_safe=spreadsheet_safe)
+                ),
+            )
+            for side in SIDES
+        }
 
 
 def write_parquet(

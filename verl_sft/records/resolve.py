@@ -10,6 +10,7 @@ from typing import Any
 
 from verl_sft.config.secrets import DATABASES, hidden
 from verl_sft.errors import UsageError
+from verl_sft.records.file_set import settle
 from verl_sft.records.remote import fetch
 
 # Address of a collection (and a filter, `query=`) -> a file with its documents.
@@ -52,6 +53,7 @@ def resolve_files(spec: Any, *, split: str, database: OpenDatabase | None = None
     if "://" in str(spec):
         return fetch(str(spec), split=split)
     path = Path(spec).expanduser()
+    settle(path if path.is_dir() else path.parent)
     if path.is_dir():
         single = path / f"{split}.parquet"
         found = [single] if single.is_file() else sorted(path.glob(f"{split}-*.parquet"))
@@ -89,6 +91,8 @@ def held_out_files(spec: Any) -> list[Path]:
     folders = [Path(match) for match in sorted(glob.glob(str(Path(str(spec)).expanduser())))]
     if (exact := Path(str(spec)).expanduser()).is_dir():
         folders = [exact]
+    for folder in folders:
+        settle(folder)
     return [
         file
         for folder in folders
