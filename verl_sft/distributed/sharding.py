@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,6 +13,9 @@ from torch.distributed.fsdp import fully_shard as _fully_shard
 from torch.distributed.tensor import DTensor
 
 from verl_sft.distributed.setup import World
+
+if TYPE_CHECKING:
+    from verl_sft.distributed.divided import DividedGradients
 
 
 def compute_dtype(wanted: str, *, device: torch.device) -> torch.dtype:
@@ -38,11 +41,13 @@ def shard(
     reshard_after_forward: bool = True,
     offload: bool = False,
     whole: Iterable[nn.Parameter] = (),
+    divided: DividedGradients | None = None,
 ) -> Any:
     """Shard `model` in place over the ranks; its gradients become plain sums over all ranks.
 
     Parameters keep their dtype, computation uses `dtype`, gradients are reduced in float32.
-    Those of `whole` (frozen codes, which cannot be cast) stay as they are on every rank.
+    Those of `whole` (frozen codes, which cannot be cast) stay as they are on every rank, those of
+    `divided` with their rows.
 
     Returns:
         `model`, now also an `FSDPModule`.
@@ -53,7 +58,7 @@ def shard(
         "mesh": world.mesh,
         "mp_policy": policy,
         "offload_policy": offloading,
-        "ignored_params": set(whole),
+        "ignored_params": set(whole) | (divided.parameters() if divided else set()),
     }
     for layer in layers:
         _fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
@@ -65,7 +70,7 @@ def shard(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
-    root.keeps_gathered = not reshard_after_forward
+    root.keeps_gathered, root.divided = not reshard_after_forward, divided
     return root
 
 
@@ -76,6 +81,8 @@ def begin_micro_batch(model: Any, *, last: bool) -> None:
     one gathering per step instead of one for each.
     """
     model.set_requires_gradient_sync(last)
+    if model.divided:
+        model.divided.last = last
     if model.keeps_gathered:
         model.set_reshard_after_backward(last)
 

@@ -6,6 +6,7 @@ does not depend on how samples are spread over micro-batches and ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -47,15 +48,15 @@ def loss_sum(
         chunk: rows of logits at one time; 0: what the device is fastest with.
         each: float32 [N], is filled with the unweighted loss of each row where it is given.
     """
-    chunk = chunk or CHUNK_ROWS.get(hidden.device.type, max(CHUNK_ROWS.values()))
+    chunk = chunk_rows(chunk, device=hidden.device)
     if torch.is_grad_enabled() and (hidden.requires_grad or head_weight.requires_grad):
         total: Tensor = _ChunkedLoss.apply(hidden, head_weight, targets, weights, chunk, each)  # type: ignore[no-untyped-call]
         return total
     total = hidden.new_zeros((), dtype=torch.float64)
-    for part in _chunks(len(hidden), chunk):
+    for part in chunks(len(hidden), chunk):
         logits = (hidden[part] @ head_weight.T).float()
         losses = cross_entropy(logits, targets[part], reduction="none")
-        total = total + _dot(weights[part], losses)
+        total = total + dot(weights[part], losses)
         if each is not None:
             each[part] = losses
     return total
@@ -85,7 +86,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if products.dtype is torch.float32
             else products.new_empty(shape, dtype=torch.float32)
         )
-        for part in _chunks(len(hidden), chunk):
+        for part in chunks(len(hidden), chunk):
             rows, wanted = hidden[part], targets[part, None]
             product = torch.mm(rows, head.T, out=products[: len(rows)])
             logits = product if exact is products else exact[: len(rows)].copy_(product)
@@ -94,7 +95,7 @@ class _ChunkedLoss(torch.autograd.Function):
             grad = logits.sub_(top).exp_()
             norm = grad.sum(dim=-1, keepdim=True)
             losses = (norm.log() + top - picked).squeeze(1)
-            total += _dot(weights[part], losses)
+            total += dot(weights[part], losses)
             if each is not None:
                 each[part] = losses
             # d loss / d logits = weight * (softmax - onehot)
@@ -123,11 +124,18 @@ class _ChunkedLoss(torch.autograd.Function):
         return grad_hidden, grad_head, None, None, None, None
 
 
-def _dot(weights: Tensor, losses: Tensor) -> Tensor:
+def dot(weights: Tensor, losses: Tensor) -> Tensor:
+    """Their weighted sum as float64 scalar."""
     return weights.double() @ losses.double()
 
 
-def _chunks(rows: int, chunk: int) -> list[slice]:
+def chunk_rows(wanted: int, *, device: torch.device) -> int:
+    """Rows of logits at one time: as wanted, or what the device is fastest with."""
+    return wanted or CHUNK_ROWS.get(device.type, max(CHUNK_ROWS.values()))
+
+
+def chunks(rows: int, chunk: int) -> list[slice]:
+    """All rows, `chunk` at a time."""
     return [slice(start, start + chunk) for start in range(0, rows, chunk)]
 
 
@@ -143,6 +151,7 @@ class LossModel(nn.Module):
         self.causal = causal
         self.chunk = chunk
         self.split_head = has_plain_head(causal)
+        self.head_loss: Callable[..., Tensor] = loss_sum  # another one where the head is divided
         self.compiled = False  # the layers: nothing that differs in every batch may be guarded on
         self.noise_alpha: float | None = None  # of NEFTune
         self.last_rows_only = False  # the last layer was prepared by `take_learned_rows`
@@ -208,12 +217,12 @@ class LossModel(nn.Module):
         if not self.split_head:
             losses = cross_entropy(hidden[rows].float(), picked, reduction="none")
             self.row_losses = losses.detach() if self.keep_losses else None
-            return _dot(wanted, losses)
+            return dot(wanted, losses)
         head = self.causal.get_output_embeddings().weight  # type: ignore[operator]
         each = hidden.new_empty(len(rows), dtype=torch.float32) if self.keep_losses else None
         self.row_losses = each
         kept = hidden if self.last_rows_only else hidden[rows]
-        return loss_sum(kept, head, picked, wanted, self.chunk, each)
+        return self.head_loss(kept, head, picked, wanted, self.chunk, each)
 
     def _hidden(self, inputs: dict[str, Any]) -> Tensor:
         """Behind the last norm [T, D], or logits [T, V] of a model whose head is not plain."""

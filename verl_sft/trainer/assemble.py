@@ -25,6 +25,7 @@ from verl_sft.trainer.precision import set_matmul
 from verl_sft.trainer.self_checks import require_checks
 from verl_sft.trainer.sharing import prove_sharing, without_sharing
 from verl_sft.trainer.train_loop import TrainLoop
+from verl_sft.trainer.vocab import divide_vocabulary, vocab_work
 from verl_sft.trainer.weights import check_start, fill, wants_meta
 
 
@@ -117,6 +118,14 @@ def load_sharded(
         check_start(built, meta_start=config.engine.meta_start)
         check_fit(inputs, model_config=built.causal.config, num_tokens=num_tokens)
         check_heads(built.causal.config, parts=world.sp_size)
+        divided = divide_vocabulary(
+            built.loss_model,
+            config=config,
+            world=world,
+            dtype=dtype,
+            work=vocab_work(inputs.plan.train(0), samples=inputs.train, ranks=world.size),
+            say=lambda line: print(line, flush=True) if world.is_main else None,
+        )
     model = shard(
         built.loss_model,
         layers=decoder_layers(built.causal),
@@ -125,8 +134,11 @@ def load_sharded(
         reshard_after_forward=config.engine.reshard_after_forward,
         offload=config.engine.offload,
         whole=quantised_parameters(built.loss_model),
+        divided=divided,
     )
     fill(built.slots, world=world, offload=config.engine.offload)
+    if divided is not None:
+        divided.watch()
     return model, attention
 
 

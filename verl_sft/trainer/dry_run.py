@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -26,6 +26,7 @@ from verl_sft.trainer.planning import (
     planning_cost,
 )
 from verl_sft.trainer.sharing import shared_tokens, shuffle_units
+from verl_sft.trainer.vocab import plan_divided, vocab_work
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DryRun:
     epoch: PlanFigures  # of the first epoch
     memory: MemoryEstimate  # of one rank
     memory_total: int
+    vocabulary: str  # whether the head is divided over the ranks, in words
 
 
 def dry_run(config: TrainConfig, *, world_size: int | None = None) -> DryRun:
@@ -91,6 +93,11 @@ def dry_run(config: TrainConfig, *, world_size: int | None = None) -> DryRun:
     )
     half = compute_dtype(config.engine.dtype, device=device) is torch.bfloat16
     settings = memory_settings(config, shape=shape, world_size=size, half=half, on_gpu=on_gpu)
+    work = vocab_work(plan.train(0), samples=train, ranks=size)
+    divided, vocabulary = plan_divided(
+        config, shape=shape, settings=settings, work=work, on_gpu=on_gpu
+    )
+    settings = replace(settings, divided=divided)
     memory = estimate_memory(
         shape,
         settings=settings,
@@ -117,6 +124,7 @@ def dry_run(config: TrainConfig, *, world_size: int | None = None) -> DryRun:
         epoch=figures,
         memory=memory,
         memory_total=memory.total,
+        vocabulary=vocabulary if size > 1 else "",
     )
 
 
@@ -138,5 +146,6 @@ def dry_run_lines(result: DryRun) -> list[str]:
         f"({share:.1%}); {result.dtype} on {result.device}",
         f"memory    about {format_bytes(result.memory_total)} on each of {ranks}, beside the "
         f"process itself: {named}",
+        *([f"head      {result.vocabulary}"] if result.vocabulary else []),
         f"cost      of a document: length + {result.quadratic_cost:.3g} * length^2",
     ]

@@ -33,6 +33,7 @@ class MemorySettings:
         offload: parameters, gradients and optimizer states are in host memory.
         offload_activations: what the layers keep for backward is in host memory.
         reshard: parameters of a layer are given back after its forward pass.
+        divided: each rank computes with its own rows of the head and the embedding.
         scores: attention keeps its probabilities (in bf16 on a CPU), not only its output.
         logit_rows: learned positions whose logits exist at one time.
         moments: bytes of optimizer state per trained parameter.
@@ -48,6 +49,7 @@ class MemorySettings:
     offload: bool = False
     offload_activations: bool = False
     reshard: bool = True
+    divided: bool = False
     scores: bool = False
     logit_rows: int = _LOGIT_ROWS[0]
     moments: float = 8.0
@@ -170,6 +172,9 @@ def _gathered(shape: ModelShape, *, settings: MemorySettings) -> int:
         return 0  # one rank computes with the parameters themselves
     layers = min(shape.layers, 2 if settings.reshard else shape.layers)
     numbers = shape.root_parameters + layers * shape.layer_parameters
+    if settings.divided:  # own rows of the head, and the last norm
+        rows = shape.vocab // settings.shard_size
+        numbers += (rows + 1) * shape.hidden - shape.root_parameters
     return numbers * settings.compute_bytes
 
 
@@ -177,7 +182,8 @@ def _passing_gradients(shape: ModelShape, *, settings: MemorySettings) -> int:
     """Gradients before they are reduced: of the head in float32 while it is summed up."""
     if settings.adapters is not None:
         return 0
-    return shape.vocab * shape.hidden * _FP32
+    parts = settings.shard_size if settings.divided else 1
+    return shape.vocab * shape.hidden * _FP32 // parts
 
 
 def _activations(shape: ModelShape, *, settings: MemorySettings, tokens: int, longest: int) -> int:
