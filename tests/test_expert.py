@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,24 @@ def test_search_order_puts_plausible_places_first() -> None:
     """Common sense first, then everything else; nothing is left out."""
     places = ["bed 1", "fridge 1", "countertop 2", "countertop 1"]
     assert search_order("apple", places) == ["countertop 1", "countertop 2", "fridge 1", "bed 1"]
+
+
+def test_listed_order_is_that_of_the_room() -> None:
+    """Each list of places left is the room's own list without some, and the games are won."""
+    episodes = run(CollectConfig(policy=PolicyConfig(search_order="listed", noise=0.1)), tasks=20)
+    assert sum(e.success for e in episodes) >= 18
+    lists = 0
+    for episode in episodes:
+        room = re.findall(r"[a-z]+ \d+", episode.steps[0].observation.text)
+        for step in episode.steps:
+            found = re.search(r"To check: (.*?)\. Go", str(step.response.content))
+            if found:
+                lists += 1
+                named = found.group(1).split(", ")
+                assert named == [place for place in room if place in named]
+    assert lists > 20
+    likely = run(CollectConfig(policy=PolicyConfig(noise=0.1)), tasks=20)
+    assert {e.episode_id for e in likely}.isdisjoint(e.episode_id for e in episodes)
 
 
 @pytest.mark.parametrize("expert", ["search", "planner"])

@@ -113,7 +113,10 @@ def test_a_damaged_model_folder_is_named(model: Path, tmp_path: Path) -> None:
 
 
 def test_make_model_is_deterministic(model: Path, tmp_path: Path) -> None:
-    """The same data and seed give the same bytes, another seed other weights; digits are single."""
+    """The same data and seed give the same bytes, another seed other weights; digits are single.
+
+    A blank belongs to the digit behind it, also in the tokenizer as it is loaded.
+    """
     data = str(model.parent / "data")
     for name, seed, place in (("a", 0, data), ("b", 0, data[:-1] + "*"), ("c", 1, data)):
         make_model(
@@ -131,6 +134,9 @@ def test_make_model_is_deterministic(model: Path, tmp_path: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert len(tokenizer.tokenize("1234")) == 4
+    numbered = tokenizer("shelf 12, 3")["input_ids"]
+    assert [tokenizer.decode([i]) for i in numbered][-4:] == [" 1", "2", ",", " 3"]
+    assert len(tokenizer) <= 300
     text = "tab\t \u00e9\u4e2d  <think>x</think>\n12"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with pytest.raises(UsageError, match="exists"):

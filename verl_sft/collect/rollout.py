@@ -85,6 +85,8 @@ def plan_episodes(env: Environment, config: CollectConfig) -> tuple[EpisodeSpec,
         "prompt": [config.prompt.template, config.prompt.history, config.prompt.history_length],
         "limits": [config.rollout.max_steps, config.rollout.max_invalid],
     }
+    if policy.search_order != "likely":
+        identity["search_order"] = [policy.search_order]
     specs = []
     for index in range(total):
         task_id, attempt = tasks[index % len(tasks)], index // len(tasks)

@@ -155,7 +155,9 @@ def _collect(config: QuickstartConfig, paths: Paths) -> JSON:
     data = paths.data
     run = CollectConfig(
         env=EnvConfig(data_dir=str(paths.games), split="train"),
-        policy=PolicyConfig(name="expert", expert="search", noise=config.noise),
+        policy=PolicyConfig(
+            name="expert", expert="search", search_order="listed", noise=config.noise
+        ),
         prompt=PromptConfig(template="compact", history="dialogue"),
         rollout=RolloutConfig(num_episodes=config.episodes, seed=config.seed),
         filter=FilterConfig(max_steps=config.longest_episode),

@@ -33,6 +33,7 @@ class PolicyConfig:
 
     name: str = "expert"  # expert | hf | scripted | module:attribute
     expert: str = "search"  # search (no hidden knowledge) | planner (the game's own plan)
+    search_order: str = "likely"  # where search looks next: likely places | listed (room's order)
     noise: float = 0.0  # share of the expert's steps replaced by a random admissible action
     constrain: str = "none"  # none | admissible: generation may only spell an admissible action
     model: str | None = None  # HF folder, for policy=hf
@@ -43,6 +44,7 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         one_of("policy.expert", self.expert, ("search", "planner"))
+        one_of("policy.search_order", self.search_order, ("likely", "listed"))
         one_of("policy.constrain", self.constrain, ("none", "admissible"))
         fraction("policy.noise", self.noise)
         fraction("policy.top_p", self.top_p)
@@ -51,6 +53,7 @@ class PolicyConfig:
         at_least("policy.batch_size", self.batch_size, 1)
         ignored = {  # a policy that is imported by name may read any of these
             "policy.noise": self.name == "hf" and self.noise != 0,
+            "policy.search_order": self.name == "hf" and self.search_order != "likely",
             "policy.constrain": self.name == "expert" and self.constrain != "none",
             "policy.temperature": self.name == "expert" and self.temperature != 0,
         }
@@ -58,7 +61,7 @@ class PolicyConfig:
             if wrong:
                 raise UsageError(
                     f"{key} has no effect with policy.name={self.name}",
-                    fix="Leave it out, or use the policy that reads it (noise: expert; others: hf)",
+                    fix="Leave it out, or use the policy that reads it (expert: noise, order)",
                 )
 
 

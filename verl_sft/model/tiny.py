@@ -23,6 +23,8 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {
     "medium": (384, 1024, 8, 6, 2),  # 12M
     "base": (768, 2048, 14, 12, 4),  # 90M
 }
+# A name such as " drawer 1" is then two tokens: copied sooner than " drawer", " ", "1".
+_NUMBERS = [f" {digit}" for digit in range(10)]
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 CHATML = """\
@@ -156,9 +158,11 @@ def _texts(row: dict[str, Any]) -> Iterator[str]:
 def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Any:
     """A byte-level BPE tokenizer with ChatML control tokens; every digit is its own token.
 
+    A blank in front of a digit belongs to the digit, which the split of words would not allow.
+
     Counting is exact and ties are broken by token ids, so threads do not change the result.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     distinct = sorted(set(texts))
@@ -179,7 +183,7 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Any:
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+        vocab_size=vocab_size - len(_NUMBERS),
         special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
@@ -192,6 +196,7 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int) -> Any:
         additional_special_tokens=[TURN_START],
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.add_tokens([AddedToken(number, normalized=False) for number in _NUMBERS])
     tokenizer.chat_template = CHATML
     return tokenizer
 

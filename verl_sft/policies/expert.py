@@ -34,6 +34,7 @@ class Expert:
     name: str
     kind: str
     noise: float = 0.0
+    listed_order: bool = False
 
     def complete(self, requests: Sequence[PolicyRequest]) -> list[Completion]:
         """One draft per request; the rollout gives it the template's tags."""
@@ -47,17 +48,20 @@ class Expert:
             return Completion(draft=Answer(action, f"I try something: {action}."), weight=0.0)
         if self.kind == "planner":
             return Completion(draft=_follow_plan(request))
-        return Completion(draft=decide(request))
+        return Completion(draft=decide(request, listed_order=self.listed_order))
 
 
 def make_expert(config: PolicyConfig) -> Expert:
     """The expert that `policy.expert` names."""
     label = f"expert-{config.expert}" + (f"-noise{config.noise:g}" if config.noise else "")
-    return Expert(label, config.expert, config.noise)
+    return Expert(label, config.expert, config.noise, config.search_order == "listed")
 
 
-def decide(request: PolicyRequest) -> Answer:
-    """The next action of a careful player without hidden knowledge, and why."""
+def decide(request: PolicyRequest, *, listed_order: bool = False) -> Answer:
+    """The next action of a careful player without hidden knowledge, and why.
+
+    Places are looked into in the order of common sense, or in that of the room's description.
+    """
     observation = request.observation
     goal = read_goal(observation.task)
     if goal is None:
@@ -67,7 +71,7 @@ def decide(request: PolicyRequest) -> Answer:
         )
     admissible = observation.admissible_actions
     belief = Belief.of(request.steps, observation.text, admissible)
-    action, thought = _Player(goal, belief, tuple(admissible)).choose()
+    action, thought = _Player(goal, belief, tuple(admissible), listed_order).choose()
     if not request.steps:
         thought = f"{_plan_text(goal)} {thought}"
     return Answer(action, thought)
@@ -106,6 +110,7 @@ class _Player:
     goal: Goal
     belief: Belief
     admissible: tuple[str, ...]
+    listed_order: bool = False
 
     def choose(self) -> tuple[str, str]:
         goal, belief = self.goal, self.belief
@@ -180,13 +185,13 @@ class _Player:
         belief = self.belief
         if belief.here in belief.closed and belief.here not in belief.contents:
             return self._open(belief.here, f"{why} {belief.here} is closed.")
-        left = search_order(thing, belief.unexplored())
+        left = self._ordered(thing, belief.unexplored())
         if not left:
-            left = search_order(thing, [p for p in belief.receptacles if p in belief.closed])
+            left = self._ordered(thing, [p for p in belief.receptacles if p in belief.closed])
             if belief.here in left:
                 return self._open(belief.here, f"{why} {belief.here} is closed.")
         if not left:  # everything was seen: go round again
-            left = search_order(thing, [p for p in belief.receptacles if p != belief.here])
+            left = self._ordered(thing, [p for p in belief.receptacles if p != belief.here])
         listed = ", ".join(left[:_MAX_LISTED]) + (" and more" if len(left) > _MAX_LISTED else "")
         here = belief.contents.get(belief.here)
         if here is None:
@@ -196,6 +201,9 @@ class _Player:
         else:
             none_here = f" There is none on {belief.here}."
         return self._go(left[0], f"{why}{none_here} To check: {listed}.")
+
+    def _ordered(self, thing: str, places: list[str]) -> list[str]:
+        return places if self.listed_order else search_order(thing, places)
 
     def _go(self, place: str, why: str) -> tuple[str, str]:
         if f"go to {place}" in self.admissible:
