@@ -36,6 +36,7 @@ from verl_sft.safe_io import (
 from verl_sft.types import JSON
 
 _POLL_SECONDS = 0.1
+_TIMEOUTS = ("serverSelectionTimeoutMS", "connectTimeoutMS", "socketTimeoutMS")
 _LINKS = ("task", "traj")  # fields whose links are replaced by what they point to
 # BSON types in the order in which `_id`s sort; $gt compares within one of them only.
 _ORDER = ("null", "number", "string", "object", "binData", "objectId", "bool", "date")
@@ -152,7 +153,7 @@ def connected(config: MongoConfig) -> Iterator[Any]:
             reveal(shown),
             appname="verl-sft",
             tz_aware=False,
-            serverSelectionTimeoutMS=int(config.timeout_s * 1000),
+            **dict.fromkeys(_TIMEOUTS, int(config.timeout_s * 1000)),
         )
     except (ConfigurationError, InvalidURI, ValueError) as error:
         raise UsageError(
