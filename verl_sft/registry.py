@@ -41,6 +41,7 @@ SOURCES: dict[str, str] = {
     "verl_rl": "verl_sft.records.sources.userrl:VERL_RL",
     "sharegpt": "verl_sft.records.sources.sharegpt:SHAREGPT",
     "alpaca": "verl_sft.records.sources.alpaca:ALPACA",
+    "verl_pairs": "verl_sft.records.sources.verl:VERL_PAIRS",
     "verl": "verl_sft.records.sources.verl:VERL",
 }
 

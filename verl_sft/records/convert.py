@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -151,7 +151,7 @@ def write_file(
                     report.written[path.name] += 1
             _check_written(report, path)
         return
-    with _row_writer(path) as put:
+    with _row_writer(path, structs=target.structs) as put:
         for record in records:
             try:
                 rows = [dump_json(row) for row in target.write(record)]
@@ -194,9 +194,9 @@ def _reject(record: SFTRecord, bad: BadRowError) -> Reject:
 
 
 @contextlib.contextmanager
-def _row_writer(path: Path) -> Iterator[Callable[[str], None]]:
+def _row_writer(path: Path, *, structs: Sequence[str]) -> Iterator[Callable[[str], None]]:
     if path.suffix == ".parquet":
-        with _parquet_rows(path) as put:
+        with _parquet_rows(path, structs=structs) as put:
             yield put
         return
     if path.suffix not in (".jsonl", ".json"):
@@ -220,7 +220,7 @@ def _row_writer(path: Path) -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def _parquet_rows(path: Path) -> Iterator[Callable[[str], None]]:
+def _parquet_rows(path: Path, *, structs: Sequence[str]) -> Iterator[Callable[[str], None]]:
     """Rows of any shape: what Arrow does not hold as it is becomes a column of JSON text."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -236,6 +236,13 @@ def _parquet_rows(path: Path) -> Iterator[Callable[[str], None]]:
         for name in dict.fromkeys(name for row in rows for name in row):
             values = [row.get(name) for row in rows]
             arrays[name] = _arrow(values)
+            if arrays[name] is None and name in structs:
+                raise InputError(
+                    f"the values of '{name}' have different keys, and their tool reads no text",
+                    where=str(path),
+                    why="Arrow would give every row the keys of all, and nulls would be trained",
+                    fix="Let out= end in .jsonl, or write one file for each set of tools",
+                )
             if arrays[name] is None:
                 texts = [None if v is None else dump_json(v) for v in values]
                 arrays[name] = pa.array(texts, type=pa.string())

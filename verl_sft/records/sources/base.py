@@ -24,6 +24,7 @@ class SourceFormat:
         write: a record to the rows that `read` gives it back from, raising `BadRowError` for what
             the format cannot hold; None where there is no writer.
         suffix: of the files that `write` makes: .jsonl, .json (one array) or .parquet.
+        structs: columns that its tool reads as lists and structs of Arrow, never as JSON text.
     """
 
     name: str
@@ -32,3 +33,4 @@ class SourceFormat:
     read: Callable[[JSON, ReadOptions], Iterable[SFTRecord | BadRowError]]
     write: Callable[[SFTRecord], Iterable[JSON]] | None = None
     suffix: str = ".jsonl"
+    structs: tuple[str, ...] = ()

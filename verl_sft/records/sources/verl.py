@@ -1,19 +1,25 @@
 """verl's rows: a list of messages, or a prompt and a response, in any of its encodings.
 
 Nulls that Arrow invented by unifying structs are gone already; others are the writer's and stay.
+What is written is what verl's data sets read: texts in structs of role and content, with thoughts
+and calls in their tags, since keys that only some messages have would reach templates as nulls.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from verl_sft.records.messages import check_learned, parse_messages
 from verl_sft.records.parse import ReadOptions
+from verl_sft.records.rows import message_text
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
+from verl_sft.records.sources.shared import KEY, added, kept_fields, message_of, object_of
 from verl_sft.records.values import BadRowError, as_float, sequence, struct, weight_of
+from verl_sft.safe_io import content_hash
 from verl_sft.types import JSON, Message
 
 
@@ -23,6 +29,7 @@ def _detect(row: JSON) -> bool:
 
 def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
     known: JSON = _scalars(row)
+    kept = object_of(row.get(KEY), KEY)
     if options.multiturn:
         messages, weights = parse_messages(row.get(options.messages_key), options.messages_key)
     else:
@@ -40,6 +47,11 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
         known["weights"] = None if all(v == 1 for v in numbers) else numbers
     elif not options.multiturn:
         known["supervise"] = (len(messages) - 1,)
+    if kept:
+        messages = _as_kept(messages, kept, pair=not options.multiturn)
+        for column in [c for c, value in kept.items() if value is None]:
+            known.pop({"prompt_data": "prompt", "response_data": "response"}.get(column, column), 0)
+        known |= kept_fields(kept)
     check_learned(messages, known.get("supervise"), known.get("weights"))
     tools = row.get(options.tools_key)
     if tools is not None:
@@ -47,7 +59,8 @@ def _read(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
         known["tools"] = tuple(struct(t, options.tools_key) for t in items) or None
     thinking = row.get(options.enable_thinking_key)
     if thinking is not None:
-        known["meta"] = {"enable_thinking": _flag(thinking, options.enable_thinking_key)}
+        flag = _flag(thinking, options.enable_thinking_key)
+        known["meta"] = {**known.get("meta", {}), "enable_thinking": flag}
     return (SFTRecord(messages=messages, **known),)
 
 
@@ -85,6 +98,9 @@ def _walk(value: Any, field: str, path: Sequence[str] | None) -> Any:
 def _scalars(row: JSON) -> JSON:
     """Columns that mean the same everywhere; a value of another type is someone else's column."""
     known: JSON = {}
+    for name in ("reward_model", "extra_info"):
+        if isinstance(value := row.get(name), dict):
+            known[name] = value
     texts = ("data_source", "ability", "group_id", "episode_id", "task_id", "task_type", "env_name")
     for names, kind in ((texts, str), (("success", "agent_success"), bool)):
         for name in names:
@@ -112,4 +128,106 @@ def _flag(value: Any, field: str) -> bool:
     raise BadRowError(field, "BAD_TYPE", f"{value!r:.40} is neither true nor false")
 
 
-VERL = SourceFormat("verl", "verl: a list of messages, or prompt and response", _detect, _read)
+def _as_kept(messages: Sequence[Message], kept: JSON, *, pair: bool) -> tuple[Message, ...]:
+    """The kept messages, or those of the row where its texts are others by now."""
+    before = kept.get("messages")
+    if not isinstance(before, list) or not all(isinstance(m, dict) for m in before):
+        return tuple(messages)
+    if pair:  # a windowed prompt is not the chat that is kept
+        same = kept.get(_OF) == content_hash([message_text(m) for m in messages])
+        return tuple(map(Message.from_json, before)) if same else tuple(messages)
+    if len(before) != len(messages):
+        return tuple(messages)
+    pairs = zip(messages, before, strict=True)
+    return tuple(message_of(m.role, message_text(m), k) for m, k in pairs)
+
+
+def _write(record: SFTRecord) -> Iterable[JSON]:
+    answers = [i for i, m in enumerate(record.messages) if m.role == "assistant"]
+    _check_holdable(
+        record, all_learned=record.supervise in (None, tuple(answers)) and answers != []
+    )
+    row: JSON = {"messages": [_view(m) for m in record.messages]}
+    if record.tools is not None:
+        row["tools"] = list(record.tools)
+    if isinstance(thinking := record.meta.get("enable_thinking"), bool):
+        row["enable_thinking"] = thinking
+    return (_with_rest(row, record, ReadOptions(multiturn=True)),)
+
+
+def _write_pair(record: SFTRecord) -> Iterable[JSON]:
+    learned, roles = record.supervise, [m.role for m in record.messages]
+    last = len(roles) - 1
+    _check_holdable(
+        record, all_learned=learned == (last,) or (not learned and roles.count("assistant") == 1)
+    )
+    prompt, response = record.prompt, record.response
+    if prompt is None or response is None:
+        if roles != ["user", "assistant"]:
+            text = "verl's pairs are one user text and one answer"
+            raise BadRowError("messages", "NOT_A_PAIR", text, "Convert to verl instead")
+        prompt, response = map(message_text, record.messages)
+    if record.tools is not None:
+        raise BadRowError("tools", "HAS_TOOLS", "verl's pairs have no tools", "Convert to verl")
+    _encodable(prompt, "prompt")
+    _encodable(response, "response")
+    return (_with_rest({"prompt": prompt, "response": response}, record, _PAIR_OPTIONS),)
+
+
+def _check_holdable(record: SFTRecord, *, all_learned: bool) -> None:
+    """Raise for what verl would learn otherwise than the record says."""
+    fix = "Convert with view=per_turn to=verl_pairs, or to another format"
+    if not all_learned:
+        raise BadRowError("supervise", "NOT_ALL_LEARNED", "verl learns every answer of a row", fix)
+    if any(w != 1 for w in (*(record.weights or ()), record.sample_weight)):
+        raise BadRowError("weights", "HAS_WEIGHTS", "verl's rows have no weights", fix)
+
+
+def _view(message: Message) -> JSON:
+    text = message_text(message)
+    _encodable(text, "messages")
+    return {"role": message.role, "content": text}
+
+
+def _encodable(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRowError(field, "NOT_STORABLE", f"a lone surrogate: {error.reason}") from error
+
+
+def _with_rest(row: JSON, record: SFTRecord, options: ReadOptions) -> JSON:
+    """The row with verl's other columns, and beside them what they do not say."""
+    row |= {"data_source": record.data_source, "ability": record.ability}
+    row |= {"reward_model": dict(record.reward_model), "extra_info": dict(record.extra_info)}
+    (again,) = _read(row, options)
+    more: JSON = added(record, read_back=again).get(KEY, {})
+    if again.messages != record.messages:
+        more["messages"] = [m.to_json() for m in record.messages]
+        more[_OF] = content_hash([message_text(m) for m in again.messages])
+    return row | ({KEY: more} if more else {})
+
+
+_OF = "of"  # in `KEY`: hash of the texts that the kept messages belong to
+_PAIR_OPTIONS = ReadOptions(prompt_key="prompt", response_key="response")
+_PAIR_KEYS = (("prompt", "response"), ("question", "answer"))
+
+
+def _detect_pair(row: JSON) -> bool:
+    return "messages" not in row and any(row.keys() >= set(pair) for pair in _PAIR_KEYS)
+
+
+def _read_pair(row: JSON, options: ReadOptions) -> Iterable[SFTRecord]:
+    names = next((pair for pair in _PAIR_KEYS if row.keys() >= set(pair)), _PAIR_KEYS[0])
+    asked = replace(options, multiturn=False, prompt_key=names[0], response_key=names[1])
+    return _read(row, asked)
+
+
+VERL = SourceFormat(
+    "verl", "verl: a list of messages, or prompt and response", _detect, _read, _write, ".parquet",
+    ("messages", "tools"),
+)  # fmt: skip
+VERL_PAIRS = SourceFormat(
+    "verl_pairs", "verl: columns prompt and response", _detect_pair, _read_pair, _write_pair,
+    ".parquet",
+)  # fmt: skip
