@@ -27,7 +27,7 @@ from verl_sft.trainer.saving import Saver, check_finite
 from verl_sft.trainer.state import TrainState, shard_tensors
 from verl_sft.trainer.tensor_file import file_parts
 
-ROUNDS = 5
+ROUNDS = 3
 ALONE: Any = SimpleNamespace(
     rank=0, size=1, is_main=True, replica=0, shard_rank=0, shard_size=1, device=torch.device("cpu")
 )

@@ -28,6 +28,7 @@ from verl_sft.trainer.checkpoint import (
     list_checkpoints,
     verify,
 )
+from verl_sft.trainer.line_file import LineFile
 from verl_sft.trainer.resume import find_start
 from verl_sft.trainer.saving import Saver
 from verl_sft.trainer.state import TrainState, shard_tensors
@@ -156,7 +157,7 @@ def test_a_warned_failure_costs_nothing_else(tmp_path: Path, beside: bool) -> No
             break
         (line,) = said
         assert line.startswith("SAVE FAILED") and os.strerror(code) in line and "\n" not in line
-        assert str(tmp_path) in line and "the last good one is" in line
+        assert str(tmp_path) in line and "The last good checkpoint is" in line
         assert ("MB are free" in line) == (code in (errno.ENOSPC, errno.EDQUOT))
         assert before <= whole(tmp_path / "run")
         assert not list((tmp_path / "run").glob(".tmp-global*"))
@@ -173,10 +174,10 @@ def test_a_warned_failure_costs_nothing_else(tmp_path: Path, beside: bool) -> No
 def test_the_last_save_must_succeed(tmp_path: Path, beside: bool, warn: bool) -> None:
     """Also where failures are only warned of; the message names the last good checkpoint."""
     saver, said = make_saver(tmp_path / "run", beside=beside, warn=warn)
-    with failing(5), pytest.raises(StorageError, match="there is none before it"):
+    with failing(5), pytest.raises(StorageError, match="There is none before it"):
         save(saver, 1, last=True)
     save(saver, 3)
-    with failing(5), pytest.raises(StorageError, match=r"last good one is .*global_step_3"):
+    with failing(5), pytest.raises(StorageError, match=r"last good checkpoint is .*global_step_3"):
         save(saver, 6, last=True)
     assert whole(tmp_path / "run") == {"global_step_3"} and not said
     save(saver, 6, last=True)
@@ -244,7 +245,7 @@ def test_one_rank_fails_for_all(tmp_path: Path) -> None:
     config = toy_config(model, tmp_path / "run", **given)
     reports = run_ranks(config, size=2, hook=fail)
     assert [r["code"] for r in reports] == [5, 5], reports
-    assert "the last good one is" in reports[0]["error"]
+    assert "The last good checkpoint is" in reports[0]["error"]
     assert "global_step_5" in reports[0]["error"]
     assert whole(tmp_path / "run") == {f"global_step_{n}" for n in (1, 3, 4, 5)}
     rows = read_metrics(tmp_path / "run/metrics.jsonl")
@@ -383,7 +384,7 @@ def test_lines_wait_for_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         room[0] -= done
         return done
 
-    lines = safe_io.LineFile(path)
+    lines = LineFile(path)
     monkeypatch.setattr(os, "write", full)
     problems = [lines.add(f'{{"step": {step}}}') for step in (1, 2, 3)]
     assert all(problem is not None and "No space left" in str(problem) for problem in problems)

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -26,6 +27,8 @@ from typing import Any
 from verl_sft.errors import InputError, RunBusyError, StorageError
 
 _DIGEST_CHARS = 16
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Made once: `dumps` makes one per call.
 _AS_IT_IS, _SORTED = (json.JSONEncoder(allow_nan=False, sort_keys=sort) for sort in (False, True))
 _SMALL, _BLOCK = 1 << 16, 1 << 23  # bytes: what is worth a call of its own, and what one call gets
@@ -197,8 +200,10 @@ def make_output_dir(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".tmp-probe.{uuid.uuid4().hex[:8]}"
-        probe.write_bytes(b"probe")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"probe")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise storage_error(error, path) from error
     return path
@@ -220,6 +225,17 @@ def storage_error(error: OSError, path: Path, *, need: int | None = None) -> Sto
     )
 
 
+def as_storage_error(error: BaseException, path: Path) -> StorageError | None:
+    """What a library's error says of the disk under `path`; None if it is about something else."""
+    if isinstance(error, StorageError):
+        return error
+    found = _RUST_ERROR.search(str(error))
+    code = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+    if code not in _OF_THE_DISK:
+        return None
+    return storage_error(OSError(code, os.strerror(code)), path)
+
+
 def _space(path: Path, *, need: int | None) -> str:
     """What is free where `path` goes, and what would have been needed; empty if nobody knows."""
     place = next((p for p in (path, *path.parents) if p.exists()), path)
@@ -228,60 +244,6 @@ def _space(path: Path, *, need: int | None) -> str:
     except OSError:
         return ""
     return free if need is None else f"The file needs {need / 1e6:,.1f} MB, {free}"
-
-
-class LineFile:
-    """Lines added to the end of a file; those that a full disk refuses wait in memory.
-
-    A line may be there in part until the rest fits; who reads must be ready for that.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._waiting = bytearray()
-        try:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._descriptor = os.open(path, flags, 0o644)
-        except OSError as error:
-            raise storage_error(error, path) from error
-
-    def add(self, line: str) -> StorageError | None:
-        """Write `line` behind what waits; returns what stands in the way, if anything does."""
-        self._waiting += line.encode() + b"\n"
-        try:
-            self._write()
-        except OSError as error:
-            return storage_error(error, self.path, need=len(self._waiting))
-        return None
-
-    def sync(self) -> None:
-        """Force all lines to the disk.
-
-        Raises:
-            StorageError: some still do not fit.
-        """
-        try:
-            self._write()
-            os.fsync(self._descriptor)
-        except OSError as error:
-            raise storage_error(error, self.path, need=len(self._waiting)) from error
-
-    def close(self) -> None:
-        """Write what waits and close.
-
-        Raises:
-            StorageError: some lines still do not fit; they are lost.
-        """
-        try:
-            self._write()
-        except OSError as error:
-            raise storage_error(error, self.path, need=len(self._waiting)) from error
-        finally:
-            os.close(self._descriptor)
-
-    def _write(self) -> None:
-        while self._waiting:
-            del self._waiting[: os.write(self._descriptor, self._waiting)]
 
 
 class AppendLog:

@@ -118,6 +118,11 @@ def write_folder(
         report["files"] = _digests(temporary)
         safe_io.write_json(temporary / "manifest.json", report)
         _replace(temporary, out)
+    except Exception as error:
+        known = safe_io.as_storage_error(error, out)
+        if known is None or known is error:
+            raise
+        raise known from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return report

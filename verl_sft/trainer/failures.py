@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from verl_sft.data.plan import Lengths, MicroBatch
 from verl_sft.errors import OutOfMemoryError, PeerLostError, VerlSftError
+from verl_sft.safe_io import as_storage_error
 
 _WAYS_OUT = (
     "Lower data.max_token_len_per_gpu, set model.enable_gradient_checkpointing=true, or use more "
@@ -18,7 +20,7 @@ _WAYS_OUT = (
 
 
 def as_user_error(error: Exception) -> VerlSftError | None:
-    """What a user can act on: our own errors, lack of memory, a lost peer; else None."""
+    """What a user can act on: our own errors, no memory, no space, a lost peer; else None."""
     if isinstance(error, VerlSftError):
         return error
     if _is_memory(error):
@@ -26,7 +28,8 @@ def as_user_error(error: Exception) -> VerlSftError | None:
     lost = ("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
     if isinstance(error, dist.DistError) or any(part in str(error) for part in lost):
         return PeerLostError(f"another rank is gone: {_first_line(error)}")
-    return None
+    name = error.filename if isinstance(error, OSError) else None
+    return as_storage_error(error, Path(str(name or "the disk")))
 
 
 @contextlib.contextmanager

@@ -214,8 +214,8 @@ class Saver:
             if not isinstance(error, StorageError):
                 raise
             newest = self._retention.newest()
-            good = f"the last good one is {newest}" if newest else "there is none before it"
-            error.why = ". ".join(part for part in (error.why, f"Of checkpoints {good}") if part)
+            good = f"The last good checkpoint is {newest}" if newest else "There is none before it"
+            error.why = ". ".join(part for part in (error.why, good) if part)
             if last or not self._warn:
                 raise
             self.failed += 1

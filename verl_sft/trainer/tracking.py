@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft import safe_io
+from verl_sft.trainer.line_file import LineFile
 from verl_sft.trainer.trackers import ADAPTERS, Remote, RunInfo
 
 Metrics = Mapping[str, float | int]
@@ -48,7 +49,7 @@ class Tracker:
     ) -> None:
         self._path = directory / METRICS_FILE
         cut_metrics(self._path, last_step=start_step)
-        self._lines, self._refused = safe_io.LineFile(self._path), False
+        self._lines, self._refused = LineFile(self._path), False
         self._board = _open_board(directory, start_step) if "tensorboard" in loggers else None
         self._console = "console" in loggers
         self._bar = _open_bar(start_step, total_steps) if self._console else None
