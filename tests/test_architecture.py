@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluate": SMALL | {"collect", "records", "envs", "policies"},
     "audit": SMALL | {"data", "records"},
 }
-ENTRY_POINTS = {"cli", "commands"}  # the only places where both halves meet
+ENTRY_POINTS = {"__main__", "cli", "commands"}  # the only places where both halves meet
 NO_TORCH = ("verl_sft", "verl_sft.records.io", "verl_sft.collect.collector", "verl_sft.cli",
             "verl_sft.envs.alfworld", "verl_sft.policies.expert", "verl_sft.evaluate.evaluator",
             "verl_sft.config.load")  # fmt: skip

@@ -7,6 +7,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +80,44 @@ def test_a_rank_that_raises_is_the_only_one_told(
     assert ("rank      : 1" if torchrun else "") in told
     if not torchrun:
         assert told.count("Traceback") == (kind == "bug"), told
+
+
+def test_ranks_that_still_load_die_with_their_launcher(start: Callable[..., Run]) -> None:
+    """SIGKILL of the launcher while the ranks import torch: nobody is left a second later."""
+    loading = {"call": "verl_sft.processes:die_with_parent", "do": "mark"}
+    run = start(faults=(loading,))
+    assert run.reaches_fault(), run.told()
+    time.sleep(0.2)
+    run.process.kill()
+    run.process.wait()
+    assert soon(lambda: not run.alive(), 1), "ranks outlive their launcher"
+
+
+@pytest.mark.parametrize("count", [1, pytest.param(200, marks=pytest.mark.release)])
+def test_finished_runs_say_so(start: Callable[..., Run], tmp_path: Path, count: int) -> None:
+    """One run after the other ends with code 0; a finished one is left as it is, to the byte."""
+    words = ("trainer.total_epochs=1", "trainer.export=False")
+    for number in range(count):
+        run = start(*words)
+        assert run.end() == 0, (number, run.told())
+        assert run.steps == 3 and run.status["state"] == "done"
+        assert not run.lines() and "Traceback" not in run.told(), run.told()
+        print(number + 1, end=" ", flush=True)
+        if number < count - 1:
+            run.out.rename(tmp_path / f"done-{number}")
+
+    def files() -> dict[str, tuple[int, bytes]]:
+        found = [path for path in run.out.rglob("*") if path.is_file() and path.name[0] != "."]
+        anew = ("audit.json", "plan.json", "status.json")  # with the same contents
+        return {
+            str(p.relative_to(run.out)): (p.name in anew or p.stat().st_mtime_ns, p.read_bytes())
+            for p in found
+        }
+
+    before = files()
+    again = start(*words)
+    assert again.end() == 0 and "nothing to do" in again.told(), again.told()
+    assert files() == before
 
 
 @pytest.mark.release

@@ -55,6 +55,8 @@ def failed(error: BaseException, *, directory: Path | None) -> End:
         if not before:  # our own launcher knows better which rank is gone, and why
             speak = not os.environ.get(STATUS_ENV)
             return _record(known.exit_code, str(known), directory, speak=speak)
+        if _is_main() and not before.get("told") and before.get("state") == "preempted":
+            return _record(before["exit_code"], before["message"], directory, speak=True)
         return End(known.exit_code, agreed=False)
     speak = _is_main() or not isinstance(known, Preempted)
     if before and (before.get("told") or not speak):

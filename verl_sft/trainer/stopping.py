@@ -11,7 +11,7 @@ from typing import Any
 from verl_sft.errors import Preempted
 
 # A signal to a whole group arrives twice: from its sender, and from torchrun, which passes it on.
-TWICE_S = 2.0
+TWICE_S = 10.0
 
 
 def stop_on_signals(ask: Callable[[int], None]) -> None:
