@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,8 +81,9 @@ def upload(folder: Path, uri: str) -> int:
     except (UsageError, StorageError):
         raise
     except Exception as error:  # each driver has errors of its own
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StorageError(f"the upload failed: {text}", where=shown(uri)) from error
+        name, lines = type(error).__name__, str(error).strip().splitlines()
+        told = ": ".join([name, *lines[:1]])
+        raise StorageError(f"the upload failed: {told}", where=shown(uri)) from error
     return len(files)
 
 
@@ -144,7 +146,10 @@ def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
 
 def _to_hub(folder: Path, uri: str, files: list[Path]) -> None:
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     user, name, *inside = uri.removeprefix(HUB).split("/")
     repo, api = f"{user}/{name}", HfApi()
     api.create_repo(repo, private=True, exist_ok=True)

@@ -6,6 +6,7 @@ restart reads the same bytes; `VERL_SFT_CACHE` says where (default `~/.cache/ver
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from verl_sft.errors import InputError
 from verl_sft.records.files import SUFFIXES
 from verl_sft.safe_io import content_hash, make_output_dir, publishing
 
+_OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
 _SECRET = re.compile(r"(?<=://)[^/@]*@")
 
 
@@ -70,5 +72,10 @@ def _copy(system: Any, name: str, *, url: str) -> Path:
     path = folder / Path(name).name
     if not path.exists():
         with publishing(path) as temporary:
-            system.get_file(name, str(temporary))
+            try:
+                system.get_file(name, str(temporary))
+            except OSError as error:
+                if error.errno in _OF_DISK:
+                    raise
+                raise RuntimeError(f"{name}: {error}") from error  # not the disk's fault
     return path
