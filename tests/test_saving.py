@@ -128,6 +128,38 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "shared")["two"], tensors["large"])
 
 
+@pytest.mark.parametrize("size", [0, 1, 4096, 8 * 2**20 - 1, 8 * 2**20, 17 * 2**20 + 5])
+@pytest.mark.parametrize("way", ["direct", "refused", "short", "late"])
+def test_every_byte_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, way: str
+) -> None:
+    """Past the page cache or not, whatever the file system refuses or does only in part."""
+    import fcntl
+
+    data = random.Random(size).randbytes(size)
+    parts = [memoryview(data[: size // 3]), memoryview(data[size // 3 :])]
+    write, change, calls = os.write, fcntl.fcntl, [0]
+
+    def control(descriptor: int, command: int, *given: int) -> int:
+        if way == "refused" and command == fcntl.F_SETFL:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return change(descriptor, command, *given)
+
+    def odd(descriptor: int, block: Any) -> int:
+        calls[0] += 1
+        if way == "late" and calls[0] == 2 and change(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if way == "short" and not change(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            return write(descriptor, bytes(block)[: 1 << 19])
+        return write(descriptor, block[: 1 << 22] if way == "short" else block)
+
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "write", odd)
+    facts = safe_io.write_hashed(tmp_path / "file", iter(parts))
+    assert (tmp_path / "file").read_bytes() == data
+    assert facts["size"] == size and facts["sha256"] == safe_io.file_sha256(tmp_path / "file")
+
+
 def test_copies_are_of_the_moment(tmp_path: Path) -> None:
     """What is written beside the steps is the state of its step, save after save."""
     state, copies = small_state(), dict[str, torch.Tensor]()

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import mmap
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -31,7 +32,7 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Made once: `dumps` makes one per call.
 _AS_IT_IS, _SORTED = (json.JSONEncoder(allow_nan=False, sort_keys=sort) for sort in (False, True))
-_SMALL, _BLOCK = 1 << 16, 1 << 23  # bytes: what is worth a call of its own, and what one call gets
+_STAGE, _SECTOR = 1 << 23, 1 << 12  # bytes: of one write, and what its size is a multiple of
 
 
 def dump_json(value: Any, *, indent: int | None = None, sort: bool = False) -> str:
@@ -85,7 +86,7 @@ def write_hashed(
     Raises:
         StorageError: the disk is full or the place is not writable; a part of the file may be left.
     """
-    digest, size = hashlib.sha256(), 0
+    digest = hashlib.sha256()
     queue: SimpleQueue[memoryview | None] = SimpleQueue()
 
     def hash_all() -> None:
@@ -97,12 +98,7 @@ def write_hashed(
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            for block in _blocks(parts):
-                queue.put(block)
-                size += len(block)
-                while block:
-                    block = block[os.write(descriptor, block) :]
-            os.fsync(descriptor)
+            size = _write_staged(descriptor, parts, seen=queue.put)
         finally:
             os.close(descriptor)
     except OSError as error:
@@ -113,19 +109,56 @@ def write_hashed(
     return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
 
 
-def _blocks(parts: Iterable[memoryview]) -> Iterator[memoryview]:
-    """The same bytes: small parts joined, large ones cut, so that calls to the system are few."""
-    joined = bytearray()
+def _write_staged(
+    descriptor: int, parts: Iterable[memoryview], *, seen: Callable[[memoryview], None]
+) -> int:
+    """Write and sync `parts`, telling `seen` of each; returns their size in bytes.
+
+    They go past the page cache where the file system allows it: what others have there stays, and
+    nothing is left for the sync to wait for.
+    """
+    stage = memoryview(mmap.mmap(-1, _STAGE))  # begins at a page, as direct writes must
+    filled = size = 0
+    _set_direct(descriptor, True)
     for part in parts:
-        if len(part) < _SMALL and len(joined) < _BLOCK:
-            joined += part
+        seen(part)
+        size += len(part)
+        while part:
+            taken = min(len(part), _STAGE - filled)
+            stage[filled : filled + taken] = part[:taken]
+            part, filled = part[taken:], filled + taken
+            if filled == _STAGE:
+                _write_all(descriptor, stage)
+                filled = 0
+    _write_all(descriptor, stage[: -(-filled // _SECTOR) * _SECTOR])  # more than there is, cut off
+    os.ftruncate(descriptor, size)
+    os.fsync(descriptor)
+    return size
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        try:
+            done = os.write(descriptor, data)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _set_direct(descriptor, False):
+                raise
             continue
-        if joined:
-            yield memoryview(joined)
-        joined = bytearray()
-        yield from (part[i : i + _BLOCK] for i in range(0, len(part), _BLOCK))
-    if joined:
-        yield memoryview(joined)
+        data = data[done:]
+        if data:
+            _set_direct(descriptor, False)  # the rest may begin anywhere
+
+
+def _set_direct(descriptor: int, on: bool) -> bool:
+    """Whether writing past the page cache could be switched on, or had to be switched off."""
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    if bool(flags & os.O_DIRECT) == on:
+        return False
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ os.O_DIRECT)
+    except OSError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
