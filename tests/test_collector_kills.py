@@ -130,7 +130,7 @@ def check_one_run(config: CollectConfig, *, rng: random.Random, tally: Tally, mo
         tally.kills += 1
         tally.while_publishing += publishing
         log = directory / ".journal" / "episodes.log"
-        tally.torn += log.exists() and not log.read_bytes().endswith(b"\n") and log.stat().st_size
+        tally.torn += log.exists() and log.read_bytes()[-1:] not in (b"", b"\n")
         if (directory / "manifest.json").exists():
             assert set(published(directory)) == OUTPUTS
             continue
