@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from verl_sft.cli import main
+from verl_sft.errors import UsageError
 from verl_sft.records import json_array
 from verl_sft.records.json_array import array_items
+from verl_sft.records.mix import resolve_sources
 from verl_sft.records.read import read_records
 from verl_sft.records.values import BadRowError
 
@@ -164,7 +166,7 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
 
 def test_paths_that_name_no_file(tmp_path: Path) -> None:
     """Devices, numbers, null and objects are refused, with the code of what they are."""
-    for word, code in (("/dev/null", 3), ("5", 2), ("[null]", 2), ("[{path: x}]", 2), ("''", 2)):
+    for word, code in (("/dev/null", 2), ("5", 2), ("[null]", 2), ("[{path: x}]", 2), ("''", 2)):
         assert main(["convert", f"in={word}", f"out={tmp_path / 'out'}"]) == code, word
 
 
@@ -233,7 +235,7 @@ def test_wrong_llamafactory_values(
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("1: 2", "1: 2 has no counterpart"),
+        ("1: 2", "1 has no counterpart"),
         ("save_strategy: no", "save_freq: -1"),
         ("warmup_steps: 0.1", "lr_warmup_steps_ratio: 0.1"),
         ("max_samples: 1e3", "max_rows: 1000"),
@@ -283,3 +285,49 @@ def test_per_turn_counts_what_has_no_turn(
     rows = "\n".join(map(json.dumps, [prompt, prompt | {"data_source": "e"}]))
     assert convert(tmp_path, rows, "view=per_turn") == 3
     assert "nothing_learned 2" in capsys.readouterr().out
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "http://x/y.png"}}
+ANSWERED = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"messages": [{"role": "user", "content": [PICTURE]}, ANSWERED[1]]},
+         "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
+                                                    {"type": "video", "video": "v"}]}]},
+         "messages[0].content[1]"),
+        ({"messages": ANSWERED, "images": ["a.png"]}, "images"),
+        (chat(1) | {"videos": ["a.mp4"]}, "videos"),
+        (chat("<image>") | {"image": "a.png"}, "image"),
+        ({"instruction": "<image> what?", "output": "a", "images": '["a.png"]'}, "images"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_text_alone(tmp_path: Path, row: dict[str, Any], field: str) -> None:
+    """Images, videos and sound are refused row by row; the same rows without them are used."""
+    assert convert(tmp_path, f"{json.dumps(row)}\n{LINES}", "max_reject_fraction=0.5") in (0, 3)
+    text = (tmp_path / "out.jsonl.rejected.jsonl").read_text()
+    (bad,) = [json.loads(line) for line in text.splitlines() if json.loads(line)["row"] == 0]
+    assert (bad["field"], bad["code"]) == (field, "NOT_TEXT")
+
+
+@pytest.mark.parametrize("more", [{"images": []}, {"image": "docker.io/x"}, {"videos": None}])
+def test_other_things_of_those_names(tmp_path: Path, more: dict[str, Any]) -> None:
+    """An empty column of images, or an `image` that no text mentions, is no reason."""
+    assert convert(tmp_path, json.dumps(chat("an <img> tag") | more)) == 0
+    assert len(written(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [({"columns": {"mesages": "a"}}, "messages"), ({"tags": {"user": "a"}}, "user")],
+)
+def test_unknown_names_of_columns_and_tags(
+    tmp_path: Path, given: dict[str, Any], near: str
+) -> None:
+    """A mistyped key of `columns` or `tags` is not passed over."""
+    (tmp_path / "a.jsonl").write_text(LINES)
+    with pytest.raises(UsageError, match=f"Did you mean '{near}"):
+        resolve_sources({"path": str(tmp_path / "a.jsonl"), **given}, split="train")

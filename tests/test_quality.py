@@ -167,3 +167,24 @@ def test_clean_data_gives_no_alarm(capsys: pytest.CaptureFixture[str]) -> None:
     """The sample data set has nothing to be said about it."""
     assert main(["stats", f"in={SAMPLE}", "strict=true"]) == 0
     assert "attention" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "[]", '[{"conversations": []}]'])
+def test_stats_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    """Without a usable row there is nothing to count: exit code 3, and why."""
+    path = tmp_path / "a.json"
+    path.write_text(content)
+    assert main(["stats", f"in={path}", "source=sharegpt", f"out={tmp_path / 'out'}"]) == 3
+    told = capsys.readouterr().err
+    assert "there is no record to count" in told
+    assert ("EMPTY 1" if "conv" in content else "the files are empty") in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("fraction", "rows"), [(0, (6, 0)), (1, (0, 6)), (0.01, (5, 1))])
+def test_ends_of_the_fraction(tmp_path: Path, fraction: float, rows: tuple[int, int]) -> None:
+    """0 and 1 mean none and all; between them neither side is empty."""
+    source, out = sharegpt(tmp_path / "a.json", 6), tmp_path / "set"
+    assert main(["convert", f"in={source}", f"out={out}", f"val_fraction={fraction}"]) == 0
+    found = [len(list(read_records(out / f"{s}.parquet"))) for s in ("train", "val")]
+    assert tuple(found) == rows

@@ -33,6 +33,17 @@ def main(words: Sequence[str]) -> int:
     result |= {"dropped": dict(dropped), "overlap": overlaps(splits)}
     if config.model:
         result["tokens"] = _tokens(config)
+    if not any(split.records for split in splits.values()):
+        reasons = Counter(dropped)
+        for split in splits.values():
+            reasons += split.refused
+        raise InputError(
+            "there is no record to count",
+            where=str(config.inputs),
+            why=", ".join(f"{code} {count}" for code, count in reasons.most_common(5))
+            or "the files are empty",
+            fix="Check in=, from= and select.*",
+        )
     print("\n".join(_table(result, list(splits))))
     found = list(defects(splits))
     for line in found:

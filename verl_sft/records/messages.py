@@ -9,6 +9,7 @@ from verl_sft.records.values import BadRowError, json_of, sequence, struct, weig
 from verl_sft.types import JSON, Message
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+MEDIA_FIX = "Take the row out, or replace what is not text by a description"
 MOST_CHARS = 16_000_000  # of one text
 MESSAGE_KEYS = frozenset(
     {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"}
@@ -123,6 +124,10 @@ def _check_parts(content: Any, where: str) -> None:
         message = f"content is {type(content).__name__}, not text or a list of parts"
         raise BadRowError(where, "BAD_TYPE", message)
     for place, part in enumerate(content):
+        kind = part.get("type", "text" if "text" in part else None)
+        if kind != "text":
+            text = f"a part of type {kind!r:.40}: only text can be trained"
+            raise BadRowError(f"{where}[{place}]", "NOT_TEXT", text, MEDIA_FIX)
         if part.get("type") == "text" and not isinstance(part.get("text"), str):
             raise BadRowError(f"{where}[{place}]", "BAD_PART", "a text part without text")
 

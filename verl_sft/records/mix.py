@@ -21,8 +21,16 @@ from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import read_records
 from verl_sft.records.resolve import OpenDatabase, is_database, resolve_files
 from verl_sft.records.schema import NOTE, SFTRecord
+from verl_sft.records.sources.alpaca import COLUMNS as ALPACA_COLUMNS
+from verl_sft.records.sources.sharegpt import COLUMNS as SHAREGPT_COLUMNS
+from verl_sft.records.sources.sharegpt import TAGS
 from verl_sft.registry import unknown_name
 
+# What `columns` and `tags` of a data set may name: the keys of LLaMA-Factory's dataset_info.json.
+NAMES = {
+    "columns": {*SHAREGPT_COLUMNS, *ALPACA_COLUMNS, "images", "videos", "audios"},
+    "tags": set(TAGS),
+}
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -218,6 +226,9 @@ def _field(key: str, value: Any, where: str) -> Any:
     if key in ("columns", "tags"):
         if not isinstance(value, Mapping):
             raise UsageError(f"{key}={value!r:.80}: not an object of names", where=where)
+        for name in value:
+            if name not in NAMES[key]:
+                raise unknown_name(f"key of {key}", str(name), NAMES[key])
         return tuple((str(k), str(v)) for k, v in value.items())
     kind, holds = _FIELDS[key]
     if value is None and key in ("mask_history", "max_length"):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from verl_sft.errors import InputError
 from verl_sft.records.files import Row, open_rows
+from verl_sft.records.media import need_text_only
 from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.schema import SFTRecord, located
 from verl_sft.records.sources.base import SourceFormat
@@ -101,6 +102,8 @@ def _read_row(
         return
     assert chosen is not None
     try:
+        if chosen.name in SOURCES:  # a reader of the user's own knows what it does
+            need_text_only(row, columns=dict(options.columns))
         yield from chosen.read(row, options)
     except BadRowError as bad:
         yield bad

@@ -25,7 +25,7 @@ def split_groups(groups: Mapping[str, str], *, val_fraction: float, seed: int) -
     """Divide groups into train and validation, stratified by task type.
 
     The number of validation groups is `val_fraction` of all, rounded; with two or more groups
-    neither side is empty (unless the fraction is 0). Each task type gives its share (largest
+    neither side is empty (unless the fraction is 0 or 1). Each task type gives its share (largest
     remainders), and within a type a hash of seed and group decides, so that the order in which
     groups come plays no part.
 
@@ -35,6 +35,9 @@ def split_groups(groups: Mapping[str, str], *, val_fraction: float, seed: int) -
         seed: another seed holds out other groups.
     """
     total = len(groups)
+    if val_fraction == 1:
+        note = "val_fraction=1: all rows are for validation"
+        return Split(frozenset(), frozenset(groups), note)
     if val_fraction == 0:
         return Split(frozenset(groups), frozenset(), "val_fraction=0: no validation rows")
     if total < 2:
