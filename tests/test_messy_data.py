@@ -164,6 +164,12 @@ def test_an_input_is_never_replaced(tmp_path: Path) -> None:
     assert path.read_text() == LINES
 
 
+def test_an_output_that_is_a_loop_of_links(tmp_path: Path) -> None:
+    """A path that leads to itself cannot be written: code 5, no traceback."""
+    os.symlink(tmp_path / "loop", tmp_path / "loop")
+    assert convert(tmp_path, LINES, f"out={tmp_path / 'loop'}") == 5
+
+
 def test_paths_that_name_no_file(tmp_path: Path) -> None:
     """Devices, numbers, null and objects are refused, with the code of what they are."""
     for word, code in (("/dev/null", 2), ("5", 2), ("[null]", 2), ("[{path: x}]", 2), ("''", 2)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -139,9 +140,9 @@ def _check_output(config: ConvertConfig, out: Path, files: list[Path], refusals:
     if _is_directory(config, out):
         names = ("train.parquet", "train.csv", "val.parquet", "val.csv")
         written = [refusals, *(out / name for name in names)]
-    inputs = {file.resolve() for file in files}
+    inputs = {os.path.realpath(file) for file in files}  # other than resolve(), also of a loop
     for path in written:
-        if path.resolve() in inputs:
+        if os.path.realpath(path) in inputs:
             raise UsageError(
                 "the output would replace an input",
                 where=str(path),
