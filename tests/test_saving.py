@@ -290,6 +290,15 @@ def test_one_rank_fails_for_all(tmp_path: Path) -> None:
     assert "global_step_6" in whole(tmp_path / "run")
 
 
+def test_saves_of_each_epoch(tmp_path: Path) -> None:
+    """Behind the last step of every epoch and nowhere else."""
+    config = toy_config(
+        toy_model(tmp_path), tmp_path / "run", trainer__save_freq="after_each_epoch"
+    )
+    assert run_ranks(config)[0]["code"] == 0
+    assert whole(tmp_path / "run") == {"global_step_3", "global_step_6"}
+
+
 def test_a_damaged_checkpoint_is_passed_over_or_stops(tmp_path: Path) -> None:
     """By trainer.on_corrupt; which files are read is said, and another word is refused."""
     saver, _ = make_saver(tmp_path / "run")
