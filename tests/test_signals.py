@@ -25,12 +25,18 @@ PHASES: dict[str, dict[str, Any]] = {
     "building the model": {"call": "verl_sft.trainer.assemble:assemble"},
     "a step": {"call": "verl_sft.trainer.train_loop:TrainLoop._update", "nth": 2},
     "validation": {"call": "verl_sft.trainer.validation:validate"},
+    "games": {"call": "verl_sft.trainer.env_eval:run_evaluation", "do": "mark"},
     "a save": {"call": "verl_sft.trainer.state:write_shard"},
     "the export": {"call": "verl_sft.export.hf:write_folder"},
     "behind the last step": {"call": "verl_sft.trainer.tracking:Tracker.close"},
 }
 OFTEN = ("tokenising", "a step", "a save", "the export")
 WORDS = ("trainer.total_epochs=4", "trainer.save_freq=3", "trainer.test_freq=2")
+TOY = Path(__file__).with_name("toy_env.py")
+GAMES = (
+    "trainer.env_eval_freq=2",
+    f"trainer.env_eval=env.name={TOY}:make_env policy.name={TOY}:make_policy policy.expert=planner",
+)
 EXACT = ("step", "train/loss", "train/grad_norm", "train/lr", "val/loss")
 TOTAL = 12
 
@@ -86,7 +92,8 @@ def test_a_signal_in_every_phase(
     """One start after the other is stopped in the next phase; the sum is a run without a stop."""
     kind = {"torchrun": torchrun, "ranks": ranks}
     for phase in phases:
-        run = start(*WORDS, faults=({**PHASES[phase], "do": "wait"},), **kind)
+        words = (*WORDS, *(GAMES if phase == "games" else ()))
+        run = start(*words, faults=({"do": "wait", **PHASES[phase]},), **kind)
         assert run.reaches_fault(), (phase, run.told())
         time.sleep(0.3)  # so that all ranks are there
         run.send(number)
