@@ -76,7 +76,7 @@ def there_and_back(source: Path, folder: Path, kind: str) -> Path:
     return back
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", [*FORMATS, "agentrl", "verl_pairs"])
 def test_collected_rows(tmp_path: Path, kind: str) -> None:
     """The sample data: the same records, tokens and weights, as dialogues and as pairs."""
     source = SAMPLE / "train.parquet"

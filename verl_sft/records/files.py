@@ -221,8 +221,19 @@ def _parquet_rows(path: Path, parquet: Any, columns: list[str] | None) -> Iterat
             missing = parquet.metadata.num_rows
             for batch in parquet.iter_batches(batch_size=_READ_ROWS, columns=columns):
                 missing -= batch.num_rows
-                yield from batch.to_pylist()
+                yield from _batch_rows(batch)
         if missing:  # page headers carry no checksum; a damaged one ends the column early
             raise unreadable(path, ValueError(f"{missing} rows are missing"))
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
+    except MemoryError as error:
+        raise unreadable(path, MemoryError("a row does not fit into memory")) from error
+
+
+def _batch_rows(batch: Any) -> Iterator[JSON]:
+    """The rows of a batch: at once, or one by one where together they do not fit into memory."""
+    try:
+        rows = batch.to_pylist()
+    except MemoryError:  # a dictionary of one huge text takes no room in the file
+        rows = (row for i in range(batch.num_rows) for row in batch.slice(i, 1).to_pylist())
+    yield from rows

@@ -19,6 +19,7 @@ LEFT_OUT = frozenset(
         *("NOT_SUCCESSFUL", "INVALID_ACTION", "ENV_ERROR", "POLICY_ERROR", "ABORTED"),
     }
 )
+_MOST_CHARS = 64 << 20  # of one JSON text, as of a line
 _LARGEST = 3.4028234e38  # that float32 holds
 _LEAVES = frozenset({str, int, float, bool, type(None)})
 
@@ -86,6 +87,9 @@ def json_of(text: str, field: str) -> Any:
     Raises:
         BadRowError: it is not.
     """
+    if len(text) > _MOST_CHARS:
+        message = f"a text of {len(text):,} characters; the most are {_MOST_CHARS:,}"
+        raise BadRowError(field, "TOO_LARGE", message)
     try:
         return load_json(text)
     except ValueError as error:
