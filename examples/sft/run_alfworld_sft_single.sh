@@ -15,7 +15,7 @@ fi
 ngpu=$1 outdir=$2 datadir=$3
 shift 3
 case $ngpu in
-    '' | *[!0-9]* | 0) echo "NGPU=$ngpu: must be a positive number" >&2; exit 2 ;;
+    '' | *[!0-9]* | 0 | ?????*) echo "NGPU=$ngpu: must be a positive number" >&2; exit 2 ;;
 esac
 if [ ! -e "$datadir" ]; then
     echo "DATADIR=$datadir: no such directory; make one with verl-sft collect" >&2

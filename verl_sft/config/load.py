@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
-from verl_sft.config.dialects import translate
+from verl_sft.config.dialects import ALIASES, translate
 from verl_sft.config.flags import PREFIXES, split_flags, translate_flags
 from verl_sft.config.llamafactory import read_llamafactory, take_changes
 from verl_sft.config.secrets import DATABASES, hidden
@@ -134,11 +134,11 @@ def _parse(words: Sequence[str], *, defaults: Any) -> Iterator[tuple[str, Any]]:
 def _quoted(word: str) -> str:
     """Paths with characters that Hydra's grammar reserves are quoted, as a shell user expects."""
     key, sign, value = word.partition("=")
-    if not sign or not value or value[0] in "'\"[{$":
+    if not sign or not value or value[0] in "'\"[{" or (value[0] == "$" and value.isascii()):
         return word
     if "," in value and not value.startswith(DATABASES):  # one of these may name several hosts
         return word
-    if "," in value or any(c in value for c in " ()#&~^;?*!<>|@='\""):
+    if "," in value or not value.isascii() or any(c in value for c in " ()#&~^;?*!<>|@='\""):
         escaped = value.replace("\\", "\\\\").replace("'", "\\'")
         return f"{key}='{escaped}'"
     return word
@@ -175,6 +175,9 @@ def _set(
     try:
         OmegaConf.update(tree, canonical, value, force_add=free_form)
     except OmegaConfBaseException as error:
+        if isinstance(value, str) and "is not a ListConfig" in str(error):  # a list that was null
+            OmegaConf.update(tree, canonical, [value])
+            return
         raise UsageError(f"{key}={value}: {str(error).splitlines()[0]}") from error
 
 
@@ -185,6 +188,8 @@ def _tell(say: Callable[[str], None] | None, note: str) -> None:
 
 def _unknown_key(key: str, known: dict[str, type | None]) -> UsageError:
     names = [k for k, section in known.items() if section is None]
+    if "data.max_length" in known:  # the training keys have names in other dialects
+        names += ALIASES
     near = difflib.get_close_matches(key, names, n=3, cutoff=0.5)
     leaf = key.rpartition(".")[2]
     near += [n for n in names if n.rpartition(".")[2] == leaf and n not in near]
