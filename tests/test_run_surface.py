@@ -613,3 +613,28 @@ def test_loss_png_shows_sets_and_success(tmp_path: Path, monkeypatch: pytest.Mon
     assert plot_loss(tmp_path) == ""
     assert drawn == ["train/loss", "val/loss", "val/seen/loss", "env/success_rate"]
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_trackers_that_hang_are_waited_for_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four that never finish cost one waiting time, not four, and each is named."""
+    from verl_sft.trainer.trackers import ADAPTERS, Session, close_all
+
+    forever, said = threading.Event(), []
+    info = RunInfo("p", "n", tmp_path, {})
+    for name in ADAPTERS:
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        hang = Session(lambda metrics, step: None, forever.wait)
+        monkeypatch.setitem(ADAPTERS, name, lambda module, info, hang=hang: hang)
+    remotes = [Remote(name, info=info, say=said.append) for name in ADAPTERS]
+    limits = []
+    joins = threading.Thread.join
+    monkeypatch.setattr(
+        threading.Thread,
+        "join",
+        lambda self, timeout=None: (limits.append(timeout), joins(self, timeout)),
+    )
+    close_all(remotes, seconds=0.4)
+    assert sum(limits) < 0.8 and len(said) == 4
+    forever.set()

@@ -19,6 +19,7 @@ HUB = "hf://"
 DONE = "done"  # how the outcome of an upload begins that arrived
 _USER = re.compile(r"(?<=://)[^/]*@")
 _LAST = "manifest.json"
+# Stores without folders; making one would make a bucket of a mistyped name.
 _DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
 
 
@@ -135,7 +136,8 @@ def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
         system.rm_file(f"{root}/{_LAST}")  # an older copy is no longer whole
     for file in files:
         target = f"{root}/{file.relative_to(folder).as_posix()}"
-        system.makedirs(target.rpartition("/")[0], exist_ok=True)
+        if uri.partition("://")[0] not in _DRIVERS:
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
         system.put_file(str(file), target)
         there, here = system.size(target), file.stat().st_size
         if there != here:

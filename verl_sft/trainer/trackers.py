@@ -14,7 +14,7 @@ import queue
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Remote:
         self, name: str, *, info: RunInfo, say: Callable[[str], None], size: int = QUEUE_SIZE
     ) -> None:
         self.name, self.dropped, self.failed = name, 0, False
-        self._say = say
+        self.say = say
         self._queue: queue.Queue[tuple[Mapping[str, float], int] | None] = queue.Queue(size)
         self._thread = threading.Thread(target=self._work, args=(info,), name=name, daemon=True)
         self._thread.start()
@@ -122,16 +122,24 @@ class Remote:
         except queue.Full:
             self.dropped += 1
             if self.dropped == 1:
-                self._say(f"{self.name} does not keep up: steps are dropped there, not in the run")
+                self.say(f"{self.name} does not keep up: steps are dropped there, not in the run")
 
     def close(self, *, seconds: float = CLOSE_SECONDS) -> None:
         """Let the tracker finish what it has, but not for longer than `seconds`."""
-        deadline = time.monotonic() + seconds
+        close_all([self], seconds=seconds)
+
+    def end(self) -> None:
+        """Tell the tracker that nothing follows; if its queue is full, it will not hear it."""
         with contextlib.suppress(queue.Full):
-            self._queue.put(None, timeout=0 if self.failed else seconds)
-        self._thread.join(max(deadline - time.monotonic(), 0))
-        if self._thread.is_alive():
-            self._say(f"{self.name} did not finish within {seconds:g} s and is left alone")
+            self._queue.put_nowait(None)
+
+    def wait(self, *, until: float) -> bool:
+        """Whether the tracker finished before that time of the monotonic clock."""
+        if self._queue.full() and not self.failed:
+            with contextlib.suppress(queue.Full):
+                self._queue.put(None, timeout=max(until - time.monotonic(), 0))
+        self._thread.join(max(until - time.monotonic(), 0))
+        return not self._thread.is_alive()
 
     def _work(self, info: RunInfo) -> None:
         try:
@@ -141,7 +149,17 @@ class Remote:
             session.finish()
         except BaseException as error:  # SystemExit as well: some trackers call sys.exit
             self.failed = True
-            self._say(f"{self.name} is switched off: {without_secrets(_told(error))}")
+            self.say(f"{self.name} is switched off: {without_secrets(_told(error))}")
+
+
+def close_all(remotes: Sequence[Remote], *, seconds: float = CLOSE_SECONDS) -> None:
+    """Let all trackers finish at the same time, for `seconds` in all however many hang."""
+    until = time.monotonic() + seconds
+    for remote in remotes:
+        remote.end()
+    for remote in remotes:
+        if not remote.wait(until=until):
+            remote.say(f"{remote.name} did not finish within {seconds:g} s and is left alone")
 
 
 def without_secrets(text: str) -> str:

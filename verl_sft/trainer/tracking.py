@@ -16,7 +16,7 @@ from typing import Any
 
 from verl_sft import safe_io
 from verl_sft.trainer.line_file import LineFile
-from verl_sft.trainer.trackers import ADAPTERS, Remote, RunInfo
+from verl_sft.trainer.trackers import ADAPTERS, Remote, RunInfo, close_all
 
 Metrics = Mapping[str, float | int]
 METRICS_FILE = "metrics.jsonl"
@@ -101,8 +101,7 @@ class Tracker:
         with contextlib.suppress(OSError):  # what it shows is in the lines as well
             if self._board is not None:
                 self._board.close()
-        for remote in self._remotes:
-            remote.close()
+        close_all(self._remotes)
         self._lines.close()
 
     def _draw_on_board(self, named: Metrics, *, step: int) -> None:
@@ -219,10 +218,15 @@ def _open_bar(start: int, total: int) -> tuple[Any, Any] | None:
         return None
     try:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.table import Column
     except ImportError:
         return None
+    count = Column(no_wrap=True, min_width=2 * len(f"{total}") + 1)
     bar = Progress(
-        TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}")
+        TextColumn("train"),
+        BarColumn(bar_width=16),
+        MofNCompleteColumn(table_column=count),
+        TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     bar.start()
     return bar, bar.add_task("train", total=total, completed=start, status="")
