@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import subprocess
@@ -15,9 +16,10 @@ import pytest
 from tests.train_ranks import toy_model
 from verl_sft.config.train import TrainConfig
 from verl_sft.errors import InputError, UsageError
+from verl_sft.records.parse import ReadOptions
 from verl_sft.records.read import read_records
 from verl_sft.records.schema import SFTRecord
-from verl_sft.trainer.api import SFTTrainer
+from verl_sft.trainer.api import SFTTrainer, to_records
 from verl_sft.types import Message
 
 
@@ -116,3 +118,51 @@ def test_a_bad_row_is_named_by_its_place(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="Did you mean"):
         SFTTrainer({"data.train_batch_siz": 4})
     assert isinstance(SFTTrainer(["optim.lr=1e-3"]).config, TrainConfig)
+
+
+def test_loops_threads_and_two_runs_in_one_process(tmp_path: Path) -> None:
+    """Inside a running event loop, as in a notebook, a run is the same, also the second one."""
+    pandas = pytest.importorskip("pandas")
+    losses = []
+
+    async def notebook() -> None:
+        for name, given in (("a", rows(8)), ("b", pandas.DataFrame(rows(8)))):
+            (tmp_path / name).mkdir()
+            run = SFTTrainer(keys(tmp_path / name), train_dataset=given).train()
+            losses.append([m["train/loss"] for m in steps(run)])
+
+    asyncio.run(notebook())
+    assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "given", ["rows.parquet", Path("rows.parquet"), {"train": [], "test": []}, 5, b"rows"]
+)
+def test_what_is_no_data_set_is_named(given: Any) -> None:
+    """A path, several splits or a number is refused before anything starts."""
+    for name in ("train_dataset", "val_dataset"):
+        with pytest.raises(UsageError, match=f"{name} is of type {type(given).__name__}"):
+            SFTTrainer({}, **{name: given})
+
+
+@pytest.mark.parametrize(
+    ("given", "where"),
+    [
+        ([["a", "b"]], "train_dataset:0"),
+        ([None], "train_dataset:0"),
+        (["text"], "train_dataset:0"),
+        ([{"messages": []}], "train_dataset:0:messages"),
+        ([{"messages": "no JSON"}], "train_dataset:0:messages"),
+        ([*rows(1), {"other": 1}], "train_dataset:1"),
+    ],
+)
+def test_rows_that_are_none_are_named(given: Any, where: str) -> None:
+    """Every kind of wrong row ends in one error with its place."""
+    with pytest.raises(InputError, match=where):
+        list(to_records(given, options=ReadOptions(multiturn=True)))
+
+
+def test_an_empty_data_set_says_so(tmp_path: Path) -> None:
+    """Nothing to train on is an error of the data, not of the trainer."""
+    with pytest.raises(InputError, match="nothing is left"):
+        SFTTrainer(keys(tmp_path), train_dataset=[]).train()

@@ -17,7 +17,7 @@ from verl_sft.config.train import TrainConfig
 from verl_sft.data.load import read_options
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World, setup_world
-from verl_sft.errors import InputError
+from verl_sft.errors import InputError, UsageError
 from verl_sft.records.build import record_id
 from verl_sft.records.io import write_parquet
 from verl_sft.records.parse import ReadOptions
@@ -38,12 +38,12 @@ class SFTTrainer:
         config: a `TrainConfig`, its keys as a (nested or dotted) dict, or `key=value` words.
         train_dataset: records, as `SFTRecord` or plain dicts (`messages`, or a prompt and a
             response as `data.prompt_key` and `data.response_key` name them), or a
-            `datasets.Dataset` of such rows; None: `data.train_files`. An iterator that can be read
-            only once is read only once.
+            `datasets.Dataset` or pandas `DataFrame` of such rows; None: `data.train_files`. An
+            iterator that can be read only once is read only once.
         val_dataset: the same for validation; None: `data.val_files`.
 
     Raises:
-        UsageError: a key or value of the config is wrong.
+        UsageError: a key or value of the config is wrong, or a data set is none.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class SFTTrainer:
         val_dataset: Iterable[Any] | None = None,
     ) -> None:
         self.config = config if isinstance(config, TrainConfig) else read_config(config)
-        self.train_dataset, self.val_dataset = train_dataset, val_dataset
+        self.train_dataset = _rows(train_dataset, name="train_dataset")
+        self.val_dataset = _rows(val_dataset, name="val_dataset")
 
     def train(self) -> Path:
         """Train to the end, resuming where an earlier call was stopped; returns the run directory.
@@ -97,6 +98,25 @@ class SFTTrainer:
         if "train_files" in changes and self.val_dataset is None:
             changes["val_files"] = data.val_files or "none"
         return replace(self.config, data=replace(data, **changes)) if changes else self.config
+
+
+def _rows(given: Any, *, name: str) -> Iterable[Any] | None:
+    """A data set as rows; a `DataFrame` iterates over its columns, which are none.
+
+    Raises:
+        UsageError: it is a path, several splits, or nothing that has rows.
+    """
+    if given is None:
+        return None
+    if type(given).__module__.partition(".")[0] == "pandas" and hasattr(given, "to_dict"):
+        return list(given.to_dict("records"))
+    if isinstance(given, str | bytes | Path | Mapping) or not isinstance(given, Iterable):
+        raise UsageError(
+            f"{name} is of type {type(given).__name__}, which holds no rows",
+            fix="Give a list of dicts or records; files belong into data.train_files, and of "
+            "several splits one is chosen by its name",
+        )
+    return given
 
 
 def _peek(rows: Iterable[Any], *, options: ReadOptions) -> tuple[Iterable[Any], bool]:
