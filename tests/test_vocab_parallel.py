@@ -30,7 +30,8 @@ from tests.train_ranks import (
     weights_of,
 )
 from verl_sft.data.sample import make_sample
-from verl_sft.distributed.divided import DividedGradients
+from verl_sft.distributed.divided import DividedGradients, divide
+from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import rows_of
 from verl_sft.model import vocab_parallel
 from verl_sft.model.loss import LossModel, loss_sum
@@ -279,9 +280,28 @@ def test_loss_and_look_up_of_any_rows(tmp_path: Path, vocab: int, dtype: torch.d
     on_ranks(tmp_path, job, size=size)
 
 
-def traffic(**changes: Any) -> Any:
+def test_gradients_add_up_in_float32(tmp_path: Path) -> None:
+    """Micro-batches too small for bf16 count, as they do where FSDP adds up."""
+
+    def job(rank: int) -> None:
+        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("shard",))
+        world = World(rank=0, size=1, device=torch.device("cpu"), mesh=mesh)
+        module = torch.nn.Linear(2, 3, bias=False, dtype=torch.bfloat16)
+        divide([module], world=world)
+        gradients = DividedGradients([module], world=world)
+        gradients.watch()
+        for number, size in enumerate((1, 2**-9, 2**-9, 2**-9, 2**-9)):
+            gradients.last = number == 4
+            (module.weight.to_local() * size).sum().backward()
+        found = module.weight.grad.full_tensor()
+        assert found.dtype is torch.bfloat16 and bool((found == 1 + 2**-7).all())
+
+    on_ranks(tmp_path, job, size=1)
+
+
+def traffic(*, tokens: int = 16384, **changes: Any) -> Any:
     """Of a 7B model on the GPUs of a node."""
-    work = VocabWork(tokens=16384, learned=5000, rounds=4)
+    work = VocabWork(tokens=tokens, learned=tokens * 0.3, rounds=4)
     sizes = {"vocab": 152064, "hidden": 3584, "matrices": 2, "shards": 8, "half": True}
     return vocab_traffic(**{"work": work, "trained": True, **sizes, **changes})
 
@@ -296,13 +316,16 @@ def test_auto_takes_what_travels_less() -> None:
     assert many.divided > many.whole
     assert not chosen("auto", why="", traffic=many)[0] and chosen("true", why="", traffic=many)[0]
     assert chosen("false", why="", traffic=few) == (False, "")
+    small = traffic(tokens=640, vocab=2048, hidden=128, shards=2)
+    assert small.divided < small.whole and not chosen("auto", why="", traffic=small)[0]
     assert traffic(reshard=False).whole < few.whole
 
 
 def test_the_plan_knows(models: dict[str, Path], tmp_path: Path) -> None:
     """A dry run chooses as the run will, and expects less memory where rows stay divided."""
     config = toy_config(models["tied"], tmp_path / "run")
-    shape, work = model_shape(config.model), VocabWork(tokens=64, learned=20, rounds=1)
+    work = VocabWork(tokens=64, learned=20, rounds=1)
+    shape = replace(model_shape(config.model), vocab=100_000)
     settings = MemorySettings(shard_size=4)
     known = {"shape": shape, "settings": settings, "work": work, "on_gpu": False}
     assert plan_divided(config, **known)[0]

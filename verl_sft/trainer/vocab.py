@@ -19,6 +19,7 @@ from verl_sft.model.shape import ModelShape
 from verl_sft.model.vocab_parallel import VocabPart, divide_tables, vocab_tables
 from verl_sft.trainer.memory import MemorySettings, format_bytes
 
+WORTH = 4 << 20  # bytes for each micro-batch; a smaller saving is lost in waiting for one another
 _FP32 = 4
 _OFF = "the vocabulary is not divided over ranks"
 
@@ -113,14 +114,14 @@ def chosen(wanted: str, *, why: str, traffic: VocabTraffic) -> tuple[bool, str]:
     Args:
         wanted: the key.
         why: what stands in the way, if anything.
-        traffic: decides for `auto`.
+        traffic: decides for `auto`, which saves at least `WORTH`.
     """
     if wanted == "false":
         return False, ""
     if why:
         return False, f"{_OFF}: {why}"
     fewer, more = format_bytes(traffic.divided), format_bytes(traffic.whole)
-    if wanted == "auto" and traffic.divided >= traffic.whole:
+    if wanted == "auto" and traffic.whole - traffic.divided < WORTH:
         return False, f"{_OFF}: {fewer} would travel for each micro-batch, not {more}"
     return True, f"the vocabulary is divided over ranks: {fewer} for each micro-batch, not {more}"
 
