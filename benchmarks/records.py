@@ -1,6 +1,7 @@
 """Reading and validating rows: rate on one core, peak memory from 10,000 to 1,000,000 rows.
 
 Goals: 20,000 rows per second and core for plain messages rows, memory that does not grow.
+`python -m benchmarks.records ROWS ...` runs other sizes.
 """
 
 from __future__ import annotations
@@ -22,24 +23,25 @@ from verl_sft.records.read import find_format, read_records
 SIZES = (10_000, 100_000, 1_000_000)
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Each size and kind of file in a process of its own."""
-    for size in SIZES:
+    for size in map(int, words or map(str, SIZES)):
         with tempfile.TemporaryDirectory() as folder:
             write_parquet(Path(folder) / "own.parquet", rows(size))
             with (Path(folder) / "messages.jsonl").open("w") as stream:
                 for record in rows(size):
                     messages = [m.to_json() for m in record.messages]
                     stream.write(json.dumps({"messages": messages}) + "\n")
-            write_file(
-                Path(folder) / "sharegpt.json",
-                rows(size),
-                target=find_format("sharegpt"),
-                report=ConvertReport(),
-                reject=print,
-            )
+            for name in ("sharegpt.json", "agentrl.jsonl"):
+                write_file(
+                    Path(folder) / name,
+                    rows(size),
+                    target=find_format(name.partition(".")[0]),
+                    report=ConvertReport(),
+                    reject=print,
+                )
             for path in sorted(Path(folder).iterdir()):
-                command = [sys.executable, "-m", "benchmarks.records", str(path)]
+                command = [sys.executable, "-m", "benchmarks.records", "--read", str(path)]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
                 rate, peak = map(float, done.stdout.split())
                 note = f"peak {peak:.0f} MiB; file of {path.stat().st_size >> 20} MiB"
@@ -55,7 +57,7 @@ def read(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        read(Path(sys.argv[1]))
+    if sys.argv[1:2] == ["--read"]:
+        read(Path(sys.argv[2]))
     else:
-        main()
+        main(sys.argv[1:])
