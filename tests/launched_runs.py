@@ -73,6 +73,8 @@ class Run:
             "TEST_FAULTS": json.dumps([{"mark": str(self.mark), **fault} for fault in faults]),
             "PYTHONPATH": os.pathsep.join([str(INJECTED), str(ROOT)]),
         }
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a background job of a shell
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.log.open("wb") as stream:
             self.process = subprocess.Popen(
                 [sys.executable, *start, *given, *words],

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch.distributed as dist
 from verl_sft.errors import PeerLostError, Preempted
 from verl_sft.trainer.failures import as_user_error
 from verl_sft.trainer.status import STATUS_ENV, STATUS_FILE, write_status
+
+_MAIN_FIRST_S = 1.0  # the others of a stopped run only record what rank 0 cannot
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def failed(error: BaseException, *, directory: Path | None) -> End:
         if _is_main():
             _record(known.exit_code, str(known), directory, speak=True)
         return End(known.exit_code, agreed=True)
+    if isinstance(known, Preempted) and not _is_main():
+        time.sleep(_MAIN_FIRST_S)
     before = _recorded(directory)
     if isinstance(known, PeerLostError):
         if not before:  # our own launcher knows better which rank is gone, and why
