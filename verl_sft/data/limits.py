@@ -87,7 +87,7 @@ def _children(part: Any) -> Sequence[Any]:
     if isinstance(part, list | tuple):
         return part
     if isinstance(part, jinja2.utils.Namespace):
-        return list(part._Namespace__attrs.values())  # type: ignore[attr-defined]
+        return list(part._Namespace__attrs.values())
     if isinstance(part, ItemsView | KeysView | ValuesView):
         return list(part)
     return ()

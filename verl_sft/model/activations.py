@@ -55,7 +55,7 @@ def offload_activations(layer: nn.Module, *, device: torch.device) -> None:
         with saved_tensors_hooks(partial(_pack, device, parameters), _unpack):
             return forward(*args, **kwargs)
 
-    layer.forward = offloaded  # type: ignore[method-assign]
+    layer.forward = offloaded
 
 
 def _pack(device: torch.device, parameters: set[int], tensor: Tensor) -> Any:
