@@ -41,7 +41,7 @@ def add_lora(model: Any, *, config: ModelConfig) -> Any:
         target_parameters=config.target_parameters,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
-        init_lora_weights=True if config.lora_init == "default" else config.lora_init,  # type: ignore[arg-type]
+        init_lora_weights=True if config.lora_init == "default" else config.lora_init,
         task_type="CAUSAL_LM",
     )
     known = layer_names(model)
