@@ -1,7 +1,8 @@
 """One contender of `benchmarks.train`, in a process of its own.
 
 It trains on data made from the seed that all share, waits for a line on standard input before every
-optimizer step, and answers each with a JSON line: CPU seconds, useful tokens, loss, peak memory.
+optimizer step, and answers each with a JSON line: CPU seconds, useful tokens, loss, peak memory,
+the peak before the first step.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Pace:
         self.out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)  # whatever a trainer prints does not mix with the reports
         self.started = 0.0
+        self.before = 0.0  # peak memory before the first step, in MiB
 
     def start(self) -> None:
         """Wait for our turn."""
@@ -40,14 +42,18 @@ class Pace:
             raise AssertionError("a step within a step")
         if not sys.stdin.readline():
             os._exit(0)
+        self.before = self.before or _peak()
         self.started = time.process_time()
 
     def stop(self, *, tokens: int, loss: float) -> None:
         """Tell what the step took."""
         seconds = time.process_time() - self.started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps([seconds, tokens, loss, peak]), file=self.out, flush=True)
+        print(json.dumps([seconds, tokens, loss, _peak(), self.before]), file=self.out, flush=True)
         self.started = 0.0
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def batches_of(job: dict[str, Any]) -> _Batches:

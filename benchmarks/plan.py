@@ -48,6 +48,25 @@ def efficiency(plan: EpochPlan, *, lengths: Lengths, budget: int) -> tuple[float
     return 1 - figures.idle, figures.fill
 
 
+def bound(plan: EpochPlan, *, lengths: Lengths, ranks: int, budget: int) -> float:
+    """The most that `efficiency` can be, whatever the packing.
+
+    The round that holds a step's longest sample lasts at least as long as that sample. Its ranks
+    do at most the work of the costliest `ranks * budget` tokens in it, and the rest of the step
+    cannot be faster than spread evenly.
+    """
+    even = possible = 0.0
+    for step in plan.steps:
+        sizes = np.sort(lengths[step.sample_indices()])[::-1]
+        costs, ends = costs_of(sizes), np.cumsum(sizes)
+        room = np.clip(ranks * budget - (ends - sizes), 0, sizes)  # a part of the last that fits
+        in_round = float((costs * room / sizes).sum())
+        even += float(costs.sum()) / ranks
+        left = max(0.0, float(costs.sum()) - in_round) / ranks
+        possible += max(float(costs.sum()) / ranks, float(costs[0]) + left)
+    return even / possible
+
+
 def costs_of(lengths: Lengths) -> npt.NDArray[np.float64]:
     """Cost of each sample."""
     return lengths + QUADRATIC_COST * lengths.astype(float) ** 2
@@ -97,8 +116,10 @@ def balance() -> None:
                 plan = planned(lengths, ranks=ranks, batch=PER_RANK * ranks, budget=budget)
                 ours, fill = efficiency(plan, lengths=lengths, budget=budget)
                 dealt = random_dealing(lengths, ranks=ranks)
+                most = bound(plan, lengths=lengths, ranks=ranks, budget=budget)
                 row(f"balance, {name}, {ranks} ranks, {budget // 1024}k tokens", f"{ours:.4f}",
-                    f"random dealing {dealt:.4f}; fill {fill:.3f}")  # fmt: skip
+                    f"{ours / most:.4f} of the bound {most:.4f}; random dealing {dealt:.4f}; "
+                    f"fill {fill:.3f}")  # fmt: skip
 
 
 def main() -> None:

@@ -134,6 +134,20 @@ def test_balance_at_many_ranks() -> None:
         assert dealt.mean() / dealt.max() < 0.9  # negative control: equal counts are not balance
 
 
+def test_balance_where_one_sample_fills_the_budget() -> None:
+    """Within 3 % of what is possible: the longest sample's round, all else spread evenly."""
+    for ranks in (8, 64):
+        rng, budget = np.random.default_rng(1), 16_384
+        sizes = rng.lognormal(6.5, 1.0, 64 * ranks).astype(int).clip(20, budget)
+        sizes = np.sort(np.append(sizes[1:], budget))[::-1]
+        costs = sizes + plan.QUADRATIC_COST * sizes**2.0
+        fits = np.clip(ranks * budget - (np.cumsum(sizes) - sizes), 0, sizes) / sizes
+        least = costs[0] + (costs.sum() - (costs * fits).sum()) / ranks
+        bound = costs.sum() / ranks / least
+        found = rounds_efficiency(sizes, ranks=ranks, budget=budget)
+        assert 0.97 * bound <= found <= bound < 0.95
+
+
 def test_a_sample_above_the_budget_is_named() -> None:
     """The error says which sample is too long."""
     with pytest.raises(InputError, match="sample 2"):

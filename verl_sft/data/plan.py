@@ -95,7 +95,7 @@ def plan_epoch(
         >>> plan = plan_epoch(np.array([5, 9, 3, 7, 4]), seed=0, epoch=0, token_budget=10,
         ...                   train_batch_size=5, dp_size=2, shuffle=False)
         >>> plan.steps[0].ranks
-        ((((1,),), ((0,),)), (((3,),), ((4, 2),)))
+        ((((3, 2),), ((4,),)), (((1,),), ((0,),)))
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     check_lengths(sizes, budget=token_budget)
@@ -174,7 +174,7 @@ def _plan_step(
                 samples, lengths=lengths, shared=shared, budget=budget, dp_size=dp_size
             )
             sizes, costs = _joined_sizes(documents, lengths, shared, quadratic)
-        bins = _even(sizes, costs=costs, dp_size=dp_size, budget=budget)
+        bins = _bins(sizes, costs=costs, dp_size=dp_size, budget=budget)
         micros: list[MicroBatch] = [
             (tuple(i for m in members for i in documents[m]),) if members else ()
             for members in bins
@@ -213,6 +213,44 @@ def _joined_sizes(
     sizes = np.array([lengths[list(run)].sum() - shared[list(run[1:])].sum() for run in runs])
     pairs = [(lengths[list(run)] ** 2).sum() - (shared[list(run[1:])] ** 2).sum() for run in runs]
     return sizes, sizes + quadratic * np.array(pairs)
+
+
+def _bins(
+    sizes: Lengths, *, costs: npt.NDArray[np.float64], dp_size: int, budget: int
+) -> list[list[int]]:
+    """Bins of even cost; where that cannot be, because of few long samples, these go together."""
+    even = _even(sizes, costs=costs, dp_size=dp_size, budget=budget)
+    took = _WORTH_A_ROUND * _time(even, costs=costs, dp_size=dp_size)
+    if dp_size == 1 or took * dp_size <= float(costs.sum()):
+        return even
+    sorted_ = _longest_first(sizes.tolist(), costs=costs.tolist(), dp_size=dp_size, budget=budget)
+    return sorted_ if _time(sorted_, costs=costs, dp_size=dp_size) < took else even
+
+
+def _longest_first(
+    sizes: Sequence[int], *, costs: Sequence[float], dp_size: int, budget: int
+) -> list[list[int]]:
+    """Fill the bins of one round after the other, each with the costliest samples that are left.
+
+    The round of the longest sample lasts as long as that sample alone, so it is the round in which
+    to do as much of the other costly work as its bins hold.
+    """
+    left = sorted(range(len(sizes)), key=lambda i: (-costs[i], i))
+    bins: list[list[int]] = []
+    while left:
+        roomiest = [(-budget, slot) for slot in range(dp_size)]
+        members: list[list[int]] = [[] for _ in range(dp_size)]
+        later = []
+        for index in left:
+            room, slot = roomiest[0]
+            if sizes[index] > -room:
+                later.append(index)
+            else:
+                heapq.heapreplace(roomiest, (room + sizes[index], slot))
+                members[slot].append(index)
+        bins += members
+        left = later
+    return bins
 
 
 def _even(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from verl_sft.distributed.caches import bound_shape_caches
 from verl_sft.errors import UsageError
 
 TIMEOUT = timedelta(minutes=30)  # the first rank may tokenise while the others wait
@@ -113,6 +114,8 @@ def setup_world(wanted: str = "auto", *, store: Store | None = None) -> World:
     device = pick_device(wanted, env=env)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        bound_shape_caches(env)
     if not dist.is_initialized():
         if store is None and "MASTER_ADDR" not in env:
             rank, size, store = 0, 1, HashStore()

@@ -35,7 +35,8 @@ class ModelSize:
     """What decides the work of one token.
 
     Attributes:
-        body: parameters of all matrices but the embeddings and the head.
+        body: parameters of all matrices but the embeddings and the head; of experts, as many as
+            one token runs through.
         body_trained: those of them that are trained.
         head: parameters of the output matrix, tied to the embeddings or not.
         head_trained: whether the output matrix is trained.
@@ -55,13 +56,18 @@ class ModelSize:
         tables = {id(causal.get_input_embeddings().weight)}
         head = getattr(causal.get_output_embeddings(), "weight", None)
         tables |= {id(head)}
-        body = [p for p in parameters.values() if id(p) not in tables and p.ndim > 1]
         config = causal.config.get_text_config()
+        share = _active_share(config)
+        body = {
+            p: round(p.numel() * (share if ".experts." in name else 1))
+            for name, p in parameters.items()
+            if id(p) not in tables and p.ndim > 1
+        }
         heads = config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // heads
         return cls(
-            body=sum(p.numel() for p in body),
-            body_trained=sum(p.numel() for p in body if p.requires_grad),
+            body=sum(body.values()),
+            body_trained=sum(count for p, count in body.items() if p.requires_grad),
             head=0 if head is None else head.numel(),
             head_trained=head is not None and head.requires_grad,
             attention=config.num_hidden_layers * heads * width,
@@ -84,6 +90,13 @@ class ModelSize:
         body = (4 * (self.body - self.body_trained) + 6 * self.body_trained) * tokens
         head = (6 if self.head_trained else 4) * self.head * learned
         return float(body + head + 6 * self.attention * pairs)
+
+
+def _active_share(config: Any) -> float:
+    """Experts that a token runs through over all experts of a layer; 1 where there are none."""
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    experts = next((n for name in names if (n := getattr(config, name, None))), 0)
+    return (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
 
 
 def peak_flops(given: float | None, *, device: torch.device, dtype: str) -> float | None:
