@@ -18,7 +18,7 @@ from pathlib import Path
 from verl_sft.errors import VerlSftError
 
 OK, WARNING, PROBLEM = "ok", "warning", "problem"
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "tensordict", "numpy",
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "numpy",
              "pyarrow", "hydra-core", "fsspec")  # fmt: skip
 # Package -> what it is for, and the pip line.
 _OPTIONAL = {

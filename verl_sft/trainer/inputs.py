@@ -212,16 +212,22 @@ def data_fingerprint(store: SampleStore) -> str:
 
 def provenance(config: TrainConfig, *, files: list[Path]) -> dict[str, Any]:
     """How the data's prompts were made, so that evaluation can make the same ones."""
-    import pyarrow.parquet as pq
-
-    template = ""
-    if files[0].suffix == ".parquet" and _TEMPLATE_COLUMN in pq.read_schema(files[0]).names:
-        names = pq.read_table(files[0], columns=[_TEMPLATE_COLUMN])[_TEMPLATE_COLUMN].unique()
-        found = sorted({str(n) for n in names.to_pylist() if n})
-        template = found[0] if len(found) == 1 else ""
     return {
-        "prompt_template": template,
+        "prompt_template": _prompt_template(files[0]),
         "history_style": "dialogue" if config.data.multiturn.enable else "windowed",
         "base_model": config.model.partial_pretrain,
         "train_files": [path.name for path in files],
     }
+
+
+def _prompt_template(path: Path) -> str:
+    """The only one that the rows of a parquet file name, or nothing."""
+    if path.suffix != ".parquet":
+        return ""
+    import pyarrow.parquet as pq
+
+    if _TEMPLATE_COLUMN not in pq.read_schema(path).names:
+        return ""
+    names = pq.read_table(path, columns=[_TEMPLATE_COLUMN])[_TEMPLATE_COLUMN].unique()
+    found = sorted({str(n) for n in names.to_pylist() if n})
+    return found[0] if len(found) == 1 else ""

@@ -1,7 +1,8 @@
 """How much memory a rank needs, from dimensions and settings alone: no weights, no device.
 
 What is counted is what the training step allocates. The process itself (interpreter, libraries,
-mapped data; 0.5 to 1 GB on a CPU, a CUDA context on a GPU) comes on top.
+mapped data; 0.5 GB on a CPU, a CUDA context on a GPU) comes on top, and so does what the allocator
+keeps without using it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from verl_sft.model.shape import ModelShape
 
 _FP32 = 4
 _LOGIT_ROWS = (1024, 256)  # GPU, CPU: `model.loss.CHUNK_ROWS`, which needs torch to be imported
+_QUERY_BLOCK = 256  # rows of probabilities at one time, in bf16 on a CPU: as in `model.attention`
 # Of the moments of an optimizer: bytes per trained parameter, as multiples of the parameter's.
 _MOMENTS = {"sgd": 1.0, "adafactor": 0.1, "lion": 1.0, "muon": 1.0}
 
@@ -57,21 +59,22 @@ class MemorySettings:
 
 @dataclass(frozen=True, slots=True)
 class MemoryEstimate:
-    """Bytes of one rank at the worst moment of the largest micro-batch."""
+    """Bytes of one rank in the largest micro-batch: what stays, and what three moments add."""
 
     parameters: int  # this rank's rows
     gathered: int  # copies in compute precision of what is used right now
-    gradients: int
+    gradients: int  # this rank's rows
     optimizer: int
     activations: int  # kept between forward and backward
-    logits: int  # one chunk of them, at the end of the forward pass
-    backward: int  # gradients of activations on their way; logits are gone by then
+    logits: int  # one chunk of them and the head's gradient, at the end of the forward pass
+    backward: int  # the head's gradient, and gradients of activations on their way
+    reduction: int  # gradients of the root while they are summed over ranks, behind all else
 
     @property
     def total(self) -> int:
         """All that is there at the same time."""
         together = self.parameters + self.gathered + self.gradients + self.optimizer
-        return together + self.activations + max(self.logits, self.backward)
+        return together + max(self.activations + max(self.logits, self.backward), self.reduction)
 
 
 def estimate_memory(
@@ -91,15 +94,22 @@ def estimate_memory(
     trained = shape.parameters if settings.adapters is None else settings.adapters
     held = 0 if settings.offload else 1
     rows = min(-(-learned // settings.sp_size), settings.logit_rows, here)
+    size, full = settings.compute_bytes, settings.adapters is None
+    head = shape.vocab * shape.hidden // (settings.shard_size if settings.divided else 1) * full
+    # Logits in float32, and as they were multiplied; the same of the gradient that a chunk adds.
+    half = size if size < _FP32 else 0
     return MemoryEstimate(
         parameters=held * rest // settings.shard_size,
         gathered=_gathered(shape, settings=settings),
-        gradients=held * trained * settings.parameter_bytes // settings.shard_size
-        + _passing_gradients(shape, settings=settings),
+        gradients=held * trained * settings.parameter_bytes // settings.shard_size,
         optimizer=int(held * trained * settings.moments) // settings.shard_size,
         activations=_activations(shape, settings=settings, tokens=here, longest=longest or tokens),
-        logits=rows * shape.vocab * (2 * _FP32 + (2 if settings.compute_bytes == 2 else 0)),
-        backward=here * settings.compute_bytes * (3 * shape.intermediate + 2 * shape.hidden),
+        logits=(rows * shape.vocab + head) * (_FP32 + half),
+        backward=head * size + here * size * (3 * shape.intermediate + 2 * shape.hidden),
+        # As they are, in float32, this rank's sum of them, and the latter before it is scaled.
+        reduction=full
+        * _root(shape, settings=settings)
+        * (size + _FP32 + 2 * _FP32 // settings.shard_size),
     )
 
 
@@ -166,24 +176,16 @@ def _at_rest(shape: ModelShape, *, settings: MemorySettings) -> int:
 
 
 def _gathered(shape: ModelShape, *, settings: MemorySettings) -> int:
-    """Copies that FSDP makes: the root's stay, a layer's come one ahead."""
-    same = settings.compute_bytes == settings.parameter_bytes
-    if same and settings.shard_size == 1 and not settings.offload:
-        return 0  # one rank computes with the parameters themselves
+    """Copies that FSDP makes, on one rank too: the root's stay, a layer's come one ahead."""
     layers = min(shape.layers, 2 if settings.reshard else shape.layers)
-    numbers = shape.root_parameters + layers * shape.layer_parameters
-    if settings.divided:  # own rows of the head, and the last norm
-        rows = shape.vocab // settings.shard_size
-        numbers += (rows + 1) * shape.hidden - shape.root_parameters
+    numbers = _root(shape, settings=settings) + layers * shape.layer_parameters
     return numbers * settings.compute_bytes
 
 
-def _passing_gradients(shape: ModelShape, *, settings: MemorySettings) -> int:
-    """Gradients before they are reduced: of the head in float32 while it is summed up."""
-    if settings.adapters is not None:
-        return 0
-    parts = settings.shard_size if settings.divided else 1
-    return shape.vocab * shape.hidden * _FP32 // parts
+def _root(shape: ModelShape, *, settings: MemorySettings) -> int:
+    """Parameters outside the layers that a rank computes with; divided, its rows of the head."""
+    rows = shape.vocab // settings.shard_size
+    return (rows + 1) * shape.hidden if settings.divided else shape.root_parameters
 
 
 def _activations(shape: ModelShape, *, settings: MemorySettings, tokens: int, longest: int) -> int:
@@ -211,5 +213,7 @@ def _layer_bytes(shape: ModelShape, *, settings: MemorySettings, longest: int) -
     norm = shape.hidden * (_FP32 + size + (size if full else 0))
     attention = size * (3 * shape.query + 2 * shape.key_value)
     if settings.scores:
-        attention += size * shape.heads * longest // 2
+        # A block of queries sees the keys up to its last row; queries of shared keys are copied.
+        attention += size * shape.heads * (longest + min(longest, _QUERY_BLOCK)) // 2
+        attention += size * shape.query * (shape.query != shape.key_value)
     return 2 * norm + attention + size * 4 * shape.intermediate * shape.active_experts
