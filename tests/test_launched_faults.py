@@ -34,7 +34,7 @@ def test_a_killed_rank_is_named(start: Callable[..., Run]) -> None:
 
 def test_a_frozen_rank_is_named(start: Callable[..., Run]) -> None:
     """A rank that reacts to nothing is the one that no longer answers; the launcher ends it."""
-    run = start("trainer.step_timeout_s=4")
+    run = start("trainer.step_timeout_s=8")
     assert soon(lambda: run.steps >= 3), run.told()
     os.kill(run.rank(1), signal.SIGSTOP)
     assert run.process.wait(40) == 8, run.told()
