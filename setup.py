@@ -59,5 +59,5 @@ setup(
         "fsspec>=2024.2",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["verl-sft = verl_sft.cli:main"]},
+    entry_points={"console_scripts": ["verl-sft = verl_sft.__main__:start"]},
 )
