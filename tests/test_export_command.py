@@ -163,7 +163,7 @@ def test_addresses_are_checked_before_the_work(monkeypatch: pytest.MonkeyPatch) 
     """An unknown scheme, a missing driver, a hub that is switched off: what to do is said."""
     with pytest.raises(UsageError, match="nowhere:// is unknown"):
         check_target("nowhere://x")
-    with pytest.raises(UsageError, match="not named"):
+    with pytest.raises(UsageError, match="repository is named"):
         check_target("hf://user")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
@@ -182,14 +182,19 @@ def test_addresses_are_checked_before_the_work(monkeypatch: pytest.MonkeyPatch) 
 def test_a_failed_upload_does_not_fail_the_run(model: Path, tmp_path: Path) -> None:
     """The run ends with 0; its status tells what became of the upload."""
     good, blocked = tmp_path / "good", tmp_path / "file"
-    blocked.write_text("in the way")
+
+    def block(trainer: Any) -> None:
+        blocked.write_text("in the way, since the run began")
+        hurry(trainer)
+
+    hooks = {good: hurry, blocked: block}
     for place, outcome in ((good, "done: "), (blocked, "failed: ")):
         run = tmp_path / f"run-{place.name}"
         config = toy_config(
             model, run, trainer__export=True, trainer__upload_uri=str(place),
             trainer__total_training_steps=1,
         )  # fmt: skip
-        assert [r["code"] for r in run_ranks(config, hook=hurry)] == [0]
+        assert [r["code"] for r in run_ranks(config, hook=hooks[place])] == [0]
         status = json.loads((run / "status.json").read_text())
         assert status["state"] == "done" and status["upload"].startswith(outcome), status
     assert (good / "manifest.json").is_file()
