@@ -148,7 +148,7 @@ def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
 
 def _to_hub(folder: Path, uri: str, files: list[Path]) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not sys.stderr.isatty():
         disable_progress_bars()
