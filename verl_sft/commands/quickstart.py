@@ -220,6 +220,7 @@ def _train(config: QuickstartConfig, paths: Paths) -> None:
         f"data.max_length={config.max_length}",
         f"data.max_token_len_per_gpu={config.token_budget}",
         "data.truncation=drop",
+        f"data.prompt_weight={config.prompt_weight}",
         f"model.partial_pretrain={paths.model}",
         f"optim.lr={config.lr}",
         "optim.lr_warmup_steps_ratio=0.03",

@@ -23,6 +23,7 @@ class QuickstartConfig:
     vocab_size: int = 1024
     epochs: int = 4
     lr: float = 4e-3
+    prompt_weight: float = 0.2  # of the game's words: a model from scratch learns names from them
     batch_size: int = 2  # episodes per optimizer step: a model from scratch needs many small ones
     max_length: int = 2048
     token_budget: int = 4096  # tokens per micro-batch and rank
@@ -34,3 +35,4 @@ class QuickstartConfig:
         at_least("eval_games", self.eval_games, 1)
         at_least("episodes", self.episodes, 10)
         fraction("noise", self.noise)
+        at_least("prompt_weight", self.prompt_weight, 0)
