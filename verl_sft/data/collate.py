@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
+from tensordict import TensorClass
 
 from verl_sft.data.sample import TokenizedSample
 from verl_sft.data.tree import build_trees, side_by_side
@@ -15,8 +14,7 @@ from verl_sft.data.tree import build_trees, side_by_side
 PADDING_DOCUMENT = -1
 
 
-@dataclass(frozen=True)
-class PackedBatch:
+class PackedBatch(TensorClass["nocast"]):  # type: ignore[type-arg,name-defined]
     """Rows of documents. B rows, T tokens, N documents, S segments (documents and padding tails).
 
     Attributes:
@@ -45,16 +43,6 @@ class PackedBatch:
     labels: torch.Tensor
     parts: int = 1
     subtree_end: torch.Tensor | None = None
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """The same batch there; its tensors are copied while the host goes on."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=True)
-            for name, value in found.items()
-            if isinstance(value, torch.Tensor)
-        }
-        return replace(self, **moved)
 
 
 def collate(
@@ -117,4 +105,5 @@ def collate(
         num_documents=count,
         labels=torch.from_numpy(labels),
         subtree_end=torch.from_numpy(subtree_end) if share else None,
+        batch_size=[],
     )

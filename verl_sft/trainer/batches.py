@@ -32,5 +32,5 @@ def counts(batches: Sequence[PackedBatch]) -> tuple[float, float, float]:
 
 def model_inputs(batch: PackedBatch, device: torch.device) -> dict[str, Any]:
     """Arguments of the `LossModel`, on its device."""
-    moved = batch.to(device) if device.type == "cuda" else batch
+    moved = batch.to(device, non_blocking=True) if device.type == "cuda" else batch
     return {name: getattr(moved, name) for name in _MODEL_INPUTS}
