@@ -53,7 +53,10 @@ TABLE = [
     ("trainer.upload_uri=file:///dev/null/x", "trainer.upload_uri=file:///dev/null/x"),
     # Names, with the nearest one.
     ("data.format=shargpt", "data.format=shargpt: .*Did you mean 'sharegpt'"),
-    ("data.train_files={{path: {data}/train.parquet, format: shargpt}}", "'sharegpt'"),
+    (
+        "data.train_files={{path: {data}/train.parquet, format: shargpt}}",
+        "data.train_files: format=shargpt: .*'sharegpt'",
+    ),
     ("data.raw.prompt=compct", "data.raw.prompt: .*'compact'"),
     ("data.truncation=lft", "data.truncation=lft.*'left'"),
     ("optim.optimizer=AdamX", "optim.optimizer=AdamX.*AdamW|optim.optimizer=AdamX.*Adam"),

@@ -21,12 +21,14 @@ from verl_sft.audit.inspect import inspect
 from verl_sft.audit.spell import Speller
 from verl_sft.commands import inspect as command
 from verl_sft.config.inspect import InspectConfig
+from verl_sft.config.load import load_config
 from verl_sft.config.train import DataConfig, MultiturnConfig
 from verl_sft.data.audit import audit_lines
 from verl_sft.data.sample import make_sample
 from verl_sft.data.store import SampleStore
+from verl_sft.data.template import TokenizerSpec
 from verl_sft.data.tokenizer import chatml
-from verl_sft.errors import InputError
+from verl_sft.errors import InputError, UsageError
 from verl_sft.records.io import write_parquet
 from verl_sft.records.schema import SFTRecord
 from verl_sft.types import Message
@@ -216,6 +218,30 @@ def test_the_page_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shown = dom(out / "audit.html", tmp_path)
     assert "The page holds 2 of 3 samples; 1 more were chosen but are too long" in shown
     assert "more tokens" in main_part(shown)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.partial_pretrain=/nowhere/model", "model.partial_pretrain=/nowhere/model: no such"),
+        ("model.partial_pretrain={folder}", "model.partial_pretrain={folder}: no tokenizer"),
+        ("model.tokenizer_path=./nowhere", "model.tokenizer_path=./nowhere: no such folder"),
+        ("data.train_files={{path: {rows}, format: shargpt}}", "data.train_files: format=shargpt"),
+    ],
+)
+def test_wrong_options_are_named_by_their_keys(tmp_path: Path, word: str, message: str) -> None:
+    """In our words, before anything is written."""
+    write_parquet(tmp_path / "train.parquet", ROWS)
+    places = {"folder": tmp_path, "rows": tmp_path / "train.parquet"}
+    words = [f"data.train_files={tmp_path}", f"out={tmp_path}/out", word.format(**places)]
+    with pytest.raises(UsageError, match=message.format(**places)):
+        inspect(load_config(InspectConfig, words), tokenizer=spec_for(word))
+    assert not (tmp_path / "out" / "audit.json").exists()
+
+
+def spec_for(word: str) -> TokenizerSpec | None:
+    """A tokenizer where it is not the subject."""
+    return None if word.startswith("model.") else TEMPLATE.spec
 
 
 def test_the_command_fails_where_training_would(

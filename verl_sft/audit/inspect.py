@@ -9,8 +9,9 @@ from pathlib import Path
 from verl_sft.audit.gather import Outcomes, audit_json, choose, find_sources, page_samples
 from verl_sft.audit.page import page
 from verl_sft.audit.spell import Speller
-from verl_sft.config.checks import template_text
+from verl_sft.config.checks import naming, template_text, tokenizer_folder
 from verl_sft.config.inspect import InspectConfig
+from verl_sft.config.train import ModelConfig
 from verl_sft.data.load import load_samples, read_options
 from verl_sft.data.sources import open_sources
 from verl_sft.data.store import SampleStore
@@ -36,14 +37,7 @@ def inspect(
         StorageError: nothing can be written there.
     """
     if tokenizer is None:
-        if not config.model.partial_pretrain:
-            raise UsageError("no model given", fix="Set model.partial_pretrain=HF_DIR")
-        given = config.model.custom_chat_template
-        tokenizer = load_tokenizer(
-            config.model.tokenizer_path or config.model.partial_pretrain,
-            trust_remote_code=config.model.trust_remote_code,
-            chat_template=template_text(given) if given else None,
-        )
+        tokenizer = _tokenizer(config.model)
     out = make_output_dir(Path(config.out).expanduser())
     cache = Path(config.data.cache_dir) if config.data.cache_dir else out / "token_cache"
     sources, _ = open_sources(config.data, cache=cache)
@@ -72,6 +66,20 @@ def inspect(
     if config.dump:
         dump(store, path=Path(config.dump).expanduser(), speller=speller)
     return store, [*table(audit), *first_samples(store, speller=speller, count=config.show)]
+
+
+def _tokenizer(config: ModelConfig) -> TokenizerSpec:
+    key = "model.tokenizer_path" if config.tokenizer_path else "model.partial_pretrain"
+    path, given = config.tokenizer_path or config.partial_pretrain, config.custom_chat_template
+    if not path:
+        raise UsageError("no model given", fix="Set model.partial_pretrain=HF_DIR")
+    folder = tokenizer_folder(key, path)
+    with naming(key):
+        return load_tokenizer(
+            folder,
+            trust_remote_code=config.trust_remote_code,
+            chat_template=template_text(given) if given else None,
+        )
 
 
 def dump(store: SampleStore, *, path: Path, speller: Speller) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.commands.common import read_words, say
+from verl_sft.config.checks import tokenizer_folder
 from verl_sft.config.stats import StatsConfig
 from verl_sft.errors import InputError, UsageError
 from verl_sft.types import JSON
@@ -22,6 +23,8 @@ def main(words: Sequence[str]) -> int:
         return 0
     if not config.inputs:
         raise UsageError("in= is needed", fix=f"usage: {usage}")
+    if config.model:
+        config.model = tokenizer_folder("model", config.model)
     from verl_sft.records.quality import Summary, defects, overlaps
     from verl_sft.safe_io import make_output_dir, write_json
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.config.secrets import hide_all
 from verl_sft.config.select import SelectConfig
 from verl_sft.config.sources import AgentRLConfig, RawConfig
 
@@ -32,6 +33,7 @@ class ConvertConfig:
     max_reject_fraction: float = 0.05  # above it the command fails; what was read is kept
 
     def __post_init__(self) -> None:
+        self.inputs = hide_all(self.inputs)
         one_of("view", self.view, ("as_is", "per_turn"))
         fraction("val_fraction", self.val_fraction)
         fraction("max_reject_fraction", self.max_reject_fraction)

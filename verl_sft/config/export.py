@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from verl_sft.config.checks import file_size
+from verl_sft.config.secrets import hide
 
 
 @dataclass
@@ -19,4 +20,5 @@ class ExportConfig:
     upload: str | None = None  # file://, s3://, ... through fsspec, or hf://user/repo
 
     def __post_init__(self) -> None:
+        self.upload = hide(self.upload) if self.upload else None
         file_size("max_shard_size", self.max_shard_size)

@@ -13,30 +13,37 @@ from verl_sft.errors import UsageError
 
 HIDDEN = "***"
 DATABASES = ("mongodb://", "mongodb+srv://")
-_USER = re.compile(r"(?<=://)[^\s'\"]*@")
+# An address of a database has no @ but that behind the user; a path may have some. A colon that
+# begins no port begins a password, which may hold / where nobody wrote it as %2F. What stands
+# before the @ in an address of Azure is a container.
+_USER = re.compile(
+    r"""(mongodb(?:\+srv)?://)[^\s'"]*@"""
+    r"""|(?<!abfs)(?<!abfss)(://)(?:[^/\s'"@:]*:(?!:|\d+/)[^\s'"]*|[^/\s'"]*)@"""
+)
 _known: dict[str, str] = {}
 
 
 def hide(uri: str) -> str:
     """The address without user and password; `reveal` knows it from now on."""
     shown = hidden(uri)
-    if HIDDEN not in uri:
+    if shown != uri:
         _known[shown] = uri
     return shown
 
 
 def hide_all(value: Any) -> Any:
-    """A value of any shape with `hide` applied to each address of a database in it."""
-    if isinstance(value, str) and value.startswith(DATABASES):
+    """A value of any shape with `hide` applied to each address in it; filters stay as they are."""
+    if isinstance(value, str):
         return hide(value)
     if isinstance(value, dict):
-        return {key: hide_all(item) for key, item in value.items()}
+        kept = {"filter"} if "path" in value else {}
+        return {k: item if k in kept else hide_all(item) for k, item in value.items()}
     return [hide_all(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def hidden(text: str) -> str:
     """Any text with the users and passwords of its addresses struck out."""
-    return _USER.sub(f"{HIDDEN}@", text)
+    return _USER.sub(lambda found: f"{found[1] or found[2]}{HIDDEN}@", text)
 
 
 def check_address(uri: str) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import fraction
+from verl_sft.config.secrets import hide_all
 from verl_sft.config.select import SelectConfig
 
 
@@ -26,4 +27,5 @@ class StatsConfig:
     max_reject_fraction: float = 1.0  # above it the command fails
 
     def __post_init__(self) -> None:
+        self.inputs, self.against = hide_all(self.inputs), hide_all(self.against)
         fraction("max_reject_fraction", self.max_reject_fraction)

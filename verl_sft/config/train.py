@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import above, at_least, between, file_size, fraction, one_of
-from verl_sft.config.secrets import hide_all
+from verl_sft.config.secrets import hide, hide_all
 from verl_sft.config.sources import AgentRLConfig, MongoConfig, RawConfig
 from verl_sft.errors import UsageError
 
@@ -267,6 +267,7 @@ class TrainerConfig:
     device: str = "auto"  # auto | cuda | cpu
 
     def __post_init__(self) -> None:
+        self.upload_uri = hide(self.upload_uri) if self.upload_uri else None
         one_of("trainer.resume_mode", self.resume_mode, ("auto", "disable", "resume_path"))
         one_of("trainer.on_save_error", self.on_save_error, ("stop", "warn"))
         one_of("trainer.on_corrupt", self.on_corrupt, ("fallback", "stop"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
-from verl_sft.config.secrets import hide
+from verl_sft.config.secrets import hide, hide_all
 from verl_sft.config.sources import AgentRLConfig, RawConfig
 
 
@@ -32,6 +32,7 @@ class UploadConfig:
     raw: RawConfig = field(default_factory=RawConfig)
 
     def __post_init__(self) -> None:
+        self.inputs = hide_all(self.inputs)
         self.uri = hide(self.uri) if self.uri else None
         one_of("to", self.to, ("mongodb",))
         one_of("split", self.split, ("train", "valid", "test", "eval"))

@@ -6,18 +6,17 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from verl_sft.errors import StorageError, UsageError
+from verl_sft.config.secrets import hidden, reveal
+from verl_sft.errors import StorageError, UsageError, VerlSftError
 
 HUB = "hf://"
 DONE = "done"  # how the outcome of an upload begins that arrived
-_USER = re.compile(r"(?<=://)[^/]*@")
 _LAST = "manifest.json"
 # Stores without folders; making one would make a bucket of a mistyped name.
 _DRIVERS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "abfs": "adlfs", "az": "adlfs"}
@@ -34,7 +33,7 @@ def check_target(uri: str, *, key: str = "upload") -> None:
         UsageError: an unknown scheme, a driver that is not installed, a hub without a network, or
             a local folder that cannot be made.
     """
-    where = f"{key}={shown(uri)}"
+    where = f"{key}={hidden(uri)}"
     scheme, _, place = uri.rpartition("://") if "://" in uri else ("file", "", uri)
     if not place.strip("/"):
         raise UsageError("no place is named", where=where, fix="Write s3://bucket/folder")
@@ -78,13 +77,13 @@ def upload(folder: Path, uri: str) -> int:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     files.sort(key=lambda p: p.name == _LAST and p.parent == folder)
     try:
-        (_to_hub if uri.startswith(HUB) else _to_filesystem)(folder, uri, files)
-    except (UsageError, StorageError):
+        (_to_hub if uri.startswith(HUB) else _to_filesystem)(folder, reveal(uri), files)
+    except VerlSftError:  # ours, a signal's among them
         raise
     except Exception as error:  # each driver has errors of its own
         name, lines = type(error).__name__, str(error).strip().splitlines()
-        told = ": ".join([name, *lines[:1]])
-        raise StorageError(f"the upload failed: {told}", where=shown(uri)) from error
+        told = ": ".join([name, *map(hidden, lines[:1])])
+        raise StorageError(f"the upload failed: {told}", where=hidden(uri)) from error
     return len(files)
 
 
@@ -116,15 +115,10 @@ def try_upload(
             if attempt < attempts:
                 time.sleep(wait_s * 2 ** (attempt - 1))
         else:
-            say(f"uploaded {count} files to {shown(uri)}")
-            return f"{DONE}: {shown(uri)}"
+            say(f"uploaded {count} files to {hidden(uri)}")
+            return f"{DONE}: {hidden(uri)}"
     say(f"the export is complete in {folder}; the same command tries the upload again")
     return outcome
-
-
-def shown(uri: str) -> str:
-    """An address without user and password."""
-    return _USER.sub("***@", uri)
 
 
 def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
@@ -142,7 +136,7 @@ def _to_filesystem(folder: Path, uri: str, files: list[Path]) -> None:
         there, here = system.size(target), file.stat().st_size
         if there != here:
             raise StorageError(
-                f"{there} bytes arrived of {here}", where=f"{shown(uri)}: {file.name}"
+                f"{there} bytes arrived of {here}", where=f"{hidden(uri)}: {file.name}"
             )
 
 

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from pathlib import Path
 from typing import Any
 
+from verl_sft.config.secrets import hidden, reveal
 from verl_sft.errors import InputError
 from verl_sft.records.files import SUFFIXES
 from verl_sft.safe_io import content_hash, make_output_dir, publishing
 
 _OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)
-_SECRET = re.compile(r"(?<=://)[^/@]*@")
 
 
 def fetch(url: str, *, split: str) -> list[Path]:
     """Local copies of the files that a URL names.
 
     Args:
-        url: of a file, a glob, or a directory: its files of `split` by name, else all of them.
+        url: of a file, a glob, or a directory: its files of `split` by name, else all of them;
+            as it is, or as `hide` gave it.
         split: "train" or "val".
 
     Raises:
@@ -32,7 +32,7 @@ def fetch(url: str, *, split: str) -> list[Path]:
     """
     import fsspec
 
-    shown = _SECRET.sub("***@", url)
+    url, shown = reveal(url), hidden(url)
     try:
         system, root = fsspec.core.url_to_fs(url)
         names = _names(system, root, split)
@@ -43,7 +43,7 @@ def fetch(url: str, *, split: str) -> list[Path]:
         raise
     except (OSError, ImportError, ValueError, RuntimeError) as error:
         raise InputError(
-            f"cannot read it: {_SECRET.sub('***@', str(error)).splitlines()[0]}",
+            f"cannot read it: {hidden(str(error)).splitlines()[0]}",
             where=shown,
             fix="Check the address and your access, or copy the files here",
         ) from error

@@ -15,10 +15,11 @@ from torch import Tensor
 from verl_sft import safe_io
 from verl_sft.config.export import ExportConfig
 from verl_sft.config.load import load_config
+from verl_sft.config.secrets import hidden
 from verl_sft.config.train import TrainConfig, TrainerConfig
 from verl_sft.errors import StorageError, UsageError
 from verl_sft.export.hf import write_folder
-from verl_sft.export.upload import DONE, check_target, shown, try_upload, upload
+from verl_sft.export.upload import DONE, check_target, try_upload, upload
 from verl_sft.model.build import load_tokenizer
 from verl_sft.trainer import checkpoint
 from verl_sft.trainer.status import write_status
@@ -67,7 +68,7 @@ def export_checkpoint(config: ExportConfig, *, say: Callable[[str], None]) -> Pa
         f"(their standard deviation is {report['logit_standard_deviation']:.3g})"
     )
     if config.upload:
-        say(f"uploaded {upload(out, config.upload)} files to {shown(config.upload)}")
+        say(f"uploaded {upload(out, config.upload)} files to {hidden(config.upload)}")
     return out
 
 
@@ -88,7 +89,7 @@ def upload_export(
     if not (config.export and config.upload_uri):
         return
     made = safe_io.file_sha256(out / "manifest.json")
-    wanted = {"to": shown(config.upload_uri), "manifest": made}
+    wanted = {"to": hidden(config.upload_uri), "manifest": made}
     record = directory / UPLOADED
     if record.is_file() and json.loads(record.read_text("utf-8")) == wanted:
         return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +45,9 @@ def check_files(config: TrainConfig, *, device: torch.device, num_tokens: int) -
     pick_attention(config.model.attn_implementation, device=device, half=half)
     if config.trainer.resume_mode == "resume_path":
         named_checkpoint(config)
-    check_formats([config.data.format])
+    if config.data.format != "auto":
+        with naming(f"data.format={config.data.format}"):
+            find_format(config.data.format)
     if config.data.raw.prompt:
         with naming("data.raw.prompt"):
             resolve("prompt template", config.data.raw.prompt, PROMPTS)
@@ -70,17 +71,6 @@ def check_files(config: TrainConfig, *, device: torch.device, num_tokens: int) -
     )
     if config.model.lora_adapter_path is not None:
         check_adapter(Path(config.model.lora_adapter_path).expanduser(), shape=shape)
-
-
-def check_formats(names: Iterable[str]) -> None:
-    """Raise for a format of rows that does not exist.
-
-    Raises:
-        UsageError: with the nearest name.
-    """
-    for name in sorted(set(names) - {"", "auto"}):
-        with naming(f"data.format={name}"):
-            find_format(name)
 
 
 def check_vocabulary(num_tokens: int, *, vocabulary: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from verl_sft.model.build import model_fingerprint
 from verl_sft.records.mix import Source, mix_lines
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
-from verl_sft.trainer.file_checks import check_files, check_formats
+from verl_sft.trainer.file_checks import check_files
 from verl_sft.trainer.planning import planning_cost
 from verl_sft.trainer.sharing import missed_sharing, shared_tokens, shuffle_units
 from verl_sft.trainer.train_loop import RunPlan
@@ -128,8 +127,6 @@ def read_splits(
     with together(world):
         train_files, val_files = open_sources(data, cache=cache, say=say)
         check_best(config.trainer, val_sets=list(val_files))
-        opened = [*train_files, *chain.from_iterable(val_files.values())]
-        check_formats(source.format for source in opened)
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
         val = join_sets(
