@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,40 @@ def test_balance_where_one_sample_fills_the_budget() -> None:
         bound = costs.sum() / ranks / least
         found = rounds_efficiency(sizes, ranks=ranks, budget=budget)
         assert 0.97 * bound <= found <= bound < 0.95
+
+
+def spread_plainly(
+    sizes: list[int], *, costs: list[float], slots: int, budget: int
+) -> list[list[int]] | None:
+    """`plan._spread` as its docstring says it, looking at every bin for every sample."""
+    bins: list[list[int]] = [[] for _ in range(slots)]
+    cost, free = [0.0] * slots, [budget] * slots
+    for index in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
+        fitting = [slot for slot in range(slots) if free[slot] >= sizes[index]]
+        if not fitting:
+            return None
+        slot = min(fitting, key=lambda s: (cost[s], s))
+        bins[slot].append(index)
+        cost[slot] += costs[index]
+        free[slot] -= sizes[index]
+    return bins
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=lengths_lists, slots=st.integers(1, 40), known=st.booleans())
+def test_full_bins_are_looked_at_again(lengths: list[int], slots: int, known: bool) -> None:
+    """Bins that are put aside change nothing, also where cost does not follow length."""
+    costs = [float(n if known else n * 7 % 11) for n in lengths]
+    options: dict[str, Any] = {"costs": costs, "slots": slots, "budget": BUDGET}
+    assert plan._spread(lengths, **options) == spread_plainly(lengths, **options)
+
+
+def test_a_large_file_is_one_step() -> None:
+    """40,000 samples over two ranks: every sample once, and ranks wait for less than 2 %."""
+    sizes = np.random.default_rng(0).lognormal(5.5, 1.3, 40_000).astype(int).clip(8, 8192)
+    step = validation_plan(sizes, token_budget=8192, dp_size=2)
+    assert step.sample_indices() == list(range(40_000))
+    assert rounds_efficiency(sizes, ranks=2, budget=8192) > 0.98
 
 
 def test_a_sample_above_the_budget_is_named() -> None:

@@ -286,20 +286,23 @@ def _spread(
 ) -> list[list[int]] | None:
     """Costliest sample first into the cheapest of `slots` bins; None where the budget forbids."""
     heap = [(0.0, slot) for slot in range(slots)]
+    # Bins without room for the samples so far, the roomiest first: looked at again for smaller ones
+    # only, or a large file would cost samples * bins.
+    full: list[tuple[int, tuple[float, int]]] = []
     free = [budget] * slots
     bins: list[list[int]] = [[] for _ in range(slots)]
     for index in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
-        too_full = []
+        while full and -full[0][0] >= sizes[index]:
+            heapq.heappush(heap, heapq.heappop(full)[1])
         while heap and free[heap[0][1]] < sizes[index]:
-            too_full.append(heapq.heappop(heap))
+            bin_ = heapq.heappop(heap)
+            heapq.heappush(full, (-free[bin_[1]], bin_))
         if not heap:
             return None
         cost, slot = heap[0]
         heapq.heapreplace(heap, (cost + costs[index], slot))
         bins[slot].append(index)
         free[slot] -= sizes[index]
-        for item in too_full:
-            heapq.heappush(heap, item)
     return bins
 
 
