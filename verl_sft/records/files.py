@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +25,7 @@ Row = JSON | BadRowError
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".ndjson", ".json")
 JSON_COLUMNS = b"verl_sft_json"  # in a parquet file's metadata: names of columns of JSON text
 _READ_ROWS = 256
+_READ_BYTES = 64 << 10  # of one column at a time
 _LINES_LOOKED_AT = 20  # to see whether a .json file has one object per line
 _MOST_LINE_BYTES = 64 << 20  # of one row: more is a broken file or an attack
 
@@ -82,7 +82,7 @@ def _with_json(rows: Iterator[Row], columns: Sequence[str]) -> Iterator[Row]:
 
 
 def _open_csv(path: Path) -> RowFile:
-    csv.field_size_limit(sys.maxsize)  # the default refuses cells above 131,072 characters
+    csv.field_size_limit(_MOST_LINE_BYTES)  # the default refuses cells above 131,072 characters
     lines = _csv_lines(path)
     header = next(lines, [])
     return RowFile(frozenset(header), _csv_rows(path, header, lines))
@@ -91,9 +91,16 @@ def _open_csv(path: Path) -> RowFile:
 def _csv_lines(path: Path) -> Iterator[list[str]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
-            yield from csv.reader(stream, strict=True)
+            yield from csv.reader(_short_lines(stream), strict=True)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise unreadable(path, error) from error
+
+
+def _short_lines(stream: IO[str]) -> Iterator[str]:
+    for line in iter(lambda: stream.readline(_MOST_LINE_BYTES), ""):
+        if len(line) == _MOST_LINE_BYTES and not line.endswith("\n"):
+            raise csv.Error(f"a line of more than {_MOST_LINE_BYTES:,} characters")
+        yield line
 
 
 def _csv_rows(path: Path, header: list[str], lines: Iterator[list[str]]) -> Iterator[Row]:
@@ -199,7 +206,13 @@ def open_parquet(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path, page_checksum_verification=True)
+        # By default everything read is kept until the file is closed, and a row group read whole.
+        return pq.ParquetFile(
+            path,
+            page_checksum_verification=True,
+            pre_buffer=False,
+            buffer_size=_READ_BYTES,
+        )
     except (OSError, pa.ArrowException) as error:
         raise unreadable(path, error) from error
 
@@ -219,7 +232,10 @@ def _parquet_rows(path: Path, parquet: Any, columns: list[str] | None) -> Iterat
     try:
         with parquet:
             missing = parquet.metadata.num_rows
-            for batch in parquet.iter_batches(batch_size=_READ_ROWS, columns=columns):
+            # Threads cost more than they save on so few rows.
+            for batch in parquet.iter_batches(
+                batch_size=_READ_ROWS, columns=columns, use_threads=False
+            ):
                 missing -= batch.num_rows
                 yield from _batch_rows(batch)
         if missing:  # page headers carry no checksum; a damaged one ends the column early
