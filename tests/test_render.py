@@ -368,3 +368,24 @@ def test_pad_equal_to_the_stop_token_changes_nothing() -> None:
     )
     (view,) = render(SUMS, template=ChatTemplate(same))
     assert learned(view).count("<|im_end|>") == 2
+
+
+def test_what_a_template_cuts_out_of_an_answer_refuses_the_row() -> None:
+    """Text before a thought or between two, a second call, an argument: printed, or refused."""
+    qwen3 = template_for(read_template("qwen3.jinja"))
+    between = "<think>a</think>mid<think>b</think>end"
+    for said in (between, "Well. <think>a</think>end"):
+        assert refused(chat("q", said), qwen3) == "content_dropped"
+        assert render(chat("q", said), template=CHATML)  # which prints it as it stands
+    assert render(chat("q", "<think>a</think>end"), template=qwen3)
+
+    call = {"function": {"name": "look", "arguments": {"at": {"room": ["kitchen", 1]}}}}
+    twice = [Message("user", "a"), Message("assistant", None, tool_calls=(call, call))]
+    head = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    tail = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    every = "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
+    first = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
+    names = "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
+    assert render(twice, template=template_for(head + every + tail))
+    for part in (first, names):
+        assert refused(twice, template_for(head + part + tail)) == "tool_call_dropped"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from verl_sft.data.encoder import BREAK
@@ -12,6 +14,7 @@ from verl_sft.data.template import RESERVED, ChatTemplate
 from verl_sft.types import Message
 
 THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_THOUGHT_TAGS = re.compile(r"</?think>")
 _EVIDENCE_WORDS = 64
 
 
@@ -118,6 +121,54 @@ def check_context_printed(
                 f"the chat template does not print the tool '{name}'",
                 fix="Use a chat template with tool support, or drop the tools column",
             )
+
+
+def check_answer_printed(tail: str, *, row: Mapping[str, Any], needs_thought: bool) -> None:
+    """Refuse a template that leaves out a part of an answer that is to be learned.
+
+    Args:
+        tail: what the template prints behind the generation prompt.
+        row: the message.
+        needs_thought: whether its thought is learned.
+
+    Raises:
+        Refused: content_dropped, thought_dropped, tool_call_dropped.
+    """
+    thought = thought_of(row)
+    # Also what stands before a thought or between two: templates cut such a content at its tags.
+    said = {part.strip() for part in _THOUGHT_TAGS.split(text_of(row))} - {thought}
+    calls = [call["function"] for call in row.get("tool_calls", ())]
+    names = Counter(call["name"] for call in calls)
+    words = {word for call in calls for word in islice(_words(call["arguments"]), _EVIDENCE_WORDS)}
+    missing = ""
+    if any(part not in tail for part in said):
+        missing = "content"
+    elif needs_thought and thought not in tail:
+        missing = "thought"
+    elif any(tail.count(name) < times for name, times in names.items()) or any(
+        word not in tail for word in words
+    ):
+        missing = "tool call"
+    if missing:
+        raise Refused(
+            f"{missing.replace(' ', '_')}_dropped",
+            f"the chat template does not print the {missing} of a learned message",
+            fix="Use a chat template that supports it"
+            + (", or set data.mask.reasoning=0" if missing == "thought" else ""),
+        )
+
+
+def _words(value: Any) -> Iterator[str]:
+    """ASCII words of the texts in tool arguments: they survive every way of writing JSON."""
+    if isinstance(value, str):
+        yield from (found.group() for found in re.finditer(r"[A-Za-z0-9_]+", value))
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _words(key)
+            yield from _words(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _words(item)
 
 
 _TEXT_FIELDS = ("content", "reasoning_content", "tool_calls")

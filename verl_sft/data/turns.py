@@ -15,6 +15,7 @@ from typing import Any
 from verl_sft.data.messages import (
     Refused,
     answer_of,
+    check_answer_printed,
     check_context_printed,
     text_of,
     thought_of,
@@ -131,7 +132,7 @@ class Conversation:
         start = self._start(index, text=text, mode=mode)
         end, stop_start = self._end(text, start=start)
         tail = text[start:end]
-        self._check_printed(row, tail=tail)
+        check_answer_printed(tail, row=row, needs_thought=self.needs_thoughts)
         if _EMPTY_THOUGHT.match(tail) and not _EMPTY_THOUGHT.match(text_of(row)):
             raise Refused(
                 "injected_thought",
@@ -196,22 +197,6 @@ class Conversation:
         stops = [m for m in reversed(closing) if m.group() == self.template.stop_text]
         stop = stops[0] if stops else closing[0]
         return stop.end(), stop.start()
-
-    def _check_printed(self, row: Mapping[str, Any], *, tail: str) -> None:
-        missing = ""
-        if answer_of(row) not in tail:
-            missing = "content"
-        elif self.needs_thoughts and thought_of(row) not in tail:
-            missing = "thought"
-        elif any(call["function"]["name"] not in tail for call in row.get("tool_calls", ())):
-            missing = "tool call"
-        if missing:
-            raise Refused(
-                f"{missing.replace(' ', '_')}_dropped",
-                f"the chat template does not print the {missing} of a learned message",
-                fix="Use a chat template that supports it"
-                + (", or set data.mask.reasoning=0" if missing == "thought" else ""),
-            )
 
     def _check_witness(
         self, rendered: RenderedText, *, turn: Turn, mode: Mapping[str, Any]
