@@ -382,7 +382,8 @@ def test_what_a_template_cuts_out_of_an_answer_refuses_the_row() -> None:
     call = {"function": {"name": "look", "arguments": {"at": {"room": ["kitchen", 1]}}}}
     twice = [Message("user", "a"), Message("assistant", None, tool_calls=(call, call))]
     head = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    tail = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tail = "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    tail += "{% endif %}"
     every = "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}"
     first = "{% if m.tool_calls %}{{ m.tool_calls[0].function | tojson }}{% endif %}"
     names = "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
