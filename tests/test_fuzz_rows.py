@@ -384,7 +384,7 @@ def broken(tmp_path: Path, kind: str) -> Path:
         path.write_bytes(b"x")
     elif kind == "unknown format":
         path = tmp_path / "rows.jsonl"
-        path.write_text('{"question": "a", "answer": "b"}\n')
+        path.write_text('{"riddle": "a", "answer": "b"}\n')
     return path
 
 
