@@ -161,6 +161,22 @@ def test_dashed_flags_and_training_keys() -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "freq", "best"),
+    [
+        ("--save_strategy epoch --save_steps 7", "after_each_epoch", False),
+        ("--save_strategy=best", -1, True),
+        ("training.save_strategy=no", -1, False),
+        ("--save_steps 7", 7, False),
+        ("--learning_rate 1", "after_each_epoch", False),  # neither is given: our default
+    ],
+)
+def test_flags_that_say_when_to_save(words: str, freq: str | int, best: bool) -> None:
+    """As transformers' trainer reads them."""
+    trainer = said_by(*words.split())[0].trainer
+    assert (trainer.save_freq, trainer.save_best) == (freq, best)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--loss_calculater", "GRPO"], "--loss_calculater GRPO is not supported"),

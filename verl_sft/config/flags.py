@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from verl_sft.config.checks import one_of, whole
+from verl_sft.config.checks import whole
+from verl_sft.config.trainer_args import batch_keys, save_keys
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
 
@@ -130,11 +131,9 @@ def translate_flags(flags: Mapping[str, Any], *, world_size: int) -> Iterator[tu
     if any(_is_true(flags.get(name)) for name in ("bf16", "fp16")):
         yield "engine.dtype", "bf16", "--bf16 is read as engine.dtype=bf16"
     if "save_strategy" in flags or "save_steps" in flags:
-        plan = {"epoch": "after_each_epoch", "no": -1}.get(str(flags.get("save_strategy")))
-        if plan is None and str(flags.get("save_strategy", "steps")) != "steps":
-            one_of("--save_strategy", str(flags["save_strategy"]), ("steps", "epoch", "no"))
-        value = whole("--save_steps", flags.get("save_steps", 500)) if plan is None else plan
-        yield "trainer.save_freq", value, f"--save_strategy is read as trainer.save_freq={value}"
+        saving = save_keys(flags.get("save_strategy", "steps"), flags.get("save_steps", 500))
+        for key, value in saving.items():
+            yield key, value, f"--save_strategy is read as {key}={value}"
 
 
 def _batch(flags: Mapping[str, Any], world_size: int) -> Iterator[tuple[str, Any, str]]:
@@ -142,12 +141,10 @@ def _batch(flags: Mapping[str, Any], world_size: int) -> Iterator[tuple[str, Any
     steps = flags.get("gradient_accumulation_steps", flags.get("gradient_accumulation"))
     if micro is None and steps is None:
         return
-    per_step = whole("--per_device_train_batch_size", 8 if micro is None else micro)
-    rounds = whole("--gradient_accumulation_steps", 1 if steps is None else steps)
-    total = per_step * rounds * world_size
-    yield "data.micro_batch_size_per_gpu", per_step, ""
-    note = f"batch: {per_step} x {rounds} x {world_size} processes = data.train_batch_size={total}"
-    yield "data.train_batch_size", total, note
+    rounds = 1 if steps is None else steps
+    sizes, note = batch_keys(8 if micro is None else micro, rounds, world_size=world_size)
+    for key, value in sizes.items():
+        yield key, value, note if key == "data.train_batch_size" else ""
 
 
 def _lora(flags: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:

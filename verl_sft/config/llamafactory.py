@@ -30,6 +30,7 @@ from verl_sft.config.llamafactory_keys import (
     SCHEDULES,
     asks_for,
 )
+from verl_sft.config.trainer_args import batch_keys, save_keys, when
 from verl_sft.errors import UsageError
 from verl_sft.registry import unknown_name
 
@@ -75,10 +76,13 @@ def read_llamafactory(
     for theirs, ours in SAME.items():
         if known.get(theirs) is not None:
             done.values[ours] = known[theirs]
-    for step in (_data, _thoughts, _batches, _model, _adapters, _optimizer, _schedule, _length,
+    for step in (_data, _thoughts, _model, _adapters, _optimizer, _schedule, _length,
                  _engine, _saving):  # fmt: skip
         step(known, done, path)
-    _train_batch(known, done, world_size)
+    micro, rounds = known["per_device_train_batch_size"], known["gradient_accumulation_steps"]
+    sizes, note = batch_keys(micro, rounds, world_size=world_size)
+    done.values |= sizes
+    done.notes.append(note)
     changed = [key for key in asked if key in CHANGED and asked[key] and key not in _TOLD]
     done.notes += [f"{key}: {CHANGED[key]}" for key in changed]
     done.notes += [f"{key} has no effect: {IDLE[key]}" for key in asked if key in IDLE]
@@ -177,21 +181,6 @@ def _chat_template(folder: Path) -> str:
         return json.dumps(settings.get("chat_template") or "", ensure_ascii=False)
     except (OSError, ValueError, AttributeError):
         return ""
-
-
-def _batches(known: Mapping[str, Any], done: Translation, path: Path) -> None:
-    key = "per_device_train_batch_size"
-    done.values["data.micro_batch_size_per_gpu"] = whole(key, known[key])
-
-
-def _train_batch(known: Mapping[str, Any], done: Translation, world_size: int) -> None:
-    micro = done.values["data.micro_batch_size_per_gpu"]
-    rounds = whole("gradient_accumulation_steps", known["gradient_accumulation_steps"])
-    total = micro * rounds * world_size
-    done.values["data.train_batch_size"] = total
-    done.notes.append(
-        f"batch: {micro} x {rounds} x {world_size} processes = data.train_batch_size={total}"
-    )
 
 
 def _model(known: Mapping[str, Any], done: Translation, path: Path) -> None:
@@ -325,12 +314,10 @@ def _zero(given: Any, path: Path) -> tuple[int, bool]:
 
 
 def _saving(known: Mapping[str, Any], done: Translation, path: Path) -> None:
-    done.values["trainer.save_freq"] = _plan("save", known["save_strategy"], known["save_steps"])
-    if known["save_strategy"] == "best":
-        done.values["trainer.save_best"] = True
+    done.values |= save_keys(known["save_strategy"], known["save_steps"])
     held = known.get("eval_strategy", known.get("evaluation_strategy", "no"))
     steps = known.get("eval_steps") or known.get("logging_steps") or 500
-    done.values["trainer.test_freq"] = _plan("eval", held, steps)
+    done.values["trainer.test_freq"] = when("eval", held, steps)
     wanted = split_names(known.get("report_to"))
     if known.get("use_swanlab"):
         wanted.append("swanlab")
@@ -344,14 +331,6 @@ def _saving(known: Mapping[str, Any], done: Translation, path: Path) -> None:
     if known.get("resume_from_checkpoint") not in (None, False, True):  # true: ours, `auto`
         done.values["trainer.resume_mode"] = "resume_path"
         done.values["trainer.resume_from_path"] = str(known["resume_from_checkpoint"])
-
-
-def _plan(what: str, strategy: Any, steps: Any) -> Any:
-    """When to save or validate, as our keys say it; YAML reads `no` as false."""
-    named = "no" if strategy is False else str(strategy)
-    one_of(f"{what}_strategy", named, ("epoch", "no", "steps", "best"))
-    plans = {"epoch": "after_each_epoch", "no": -1, "best": -1}
-    return plans[named] if named in plans else whole(f"{what}_steps", steps)
 
 
 def _pairs(value: Any, key: str) -> dict[str, Any]:

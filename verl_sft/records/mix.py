@@ -239,7 +239,7 @@ def _field(key: str, value: Any, where: str) -> Any:
         raise UsageError(f"{key}={value!r:.80}: must be {wanted[kind]}", where=where)
     if not holds(value):
         raise UsageError(f"{key}={value!r:.80}: out of range", where=where)
-    if key == "format" and value not in ("", "auto"):
+    if key == "format" and isinstance(value, str) and value not in ("", "auto"):
         with naming(f"format={value}"):
             find_format(value)
     return value
