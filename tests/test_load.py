@@ -257,6 +257,32 @@ def test_sample_weights_and_turn_weights_multiply(tmp_path: Path) -> None:
     assert set(sample.weights.tolist()) == {0.0, 2.0}
 
 
+def test_the_thinking_switch_is_of_the_row(tmp_path: Path) -> None:
+    """A row's own value wins over the run's; rows with different values are never folded."""
+    switch = "{{ '/think' if enable_thinking | default(false) else '/plain' }}"
+    template = template_for(switch + chatml(), name="switch")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"messages": messages},
+        {"messages": messages, "enable_thinking": True},
+        {"messages": messages, "enable_thinking": False},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    decode = Tokenizer.from_str(template.spec.backend_json).decode
+    shown = {}
+    for name, given in (("unset", {}), ("on", {"enable_thinking": True})):
+        store = load_samples(
+            [tmp_path / "rows.jsonl"],
+            tokenizer=template.spec,
+            config=config(apply_chat_template_kwargs=given),
+            cache_dir=tmp_path / "cache",
+            num_workers=1,
+        )
+        texts = [decode([*sample.input_ids], skip_special_tokens=False) for sample in store]
+        shown[name] = [text.partition("<")[0] for text in texts]
+    assert shown == {"unset": ["/plain", "/think", "/plain"], "on": ["/think", "/think", "/plain"]}
+
+
 def test_a_damaged_cache_is_refused(tmp_path: Path) -> None:
     """A cut file is noticed before it is trained on."""
     store = load(tmp_path, step_rows(2))

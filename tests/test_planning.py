@@ -274,6 +274,18 @@ def test_the_command_reads_no_weights(
     assert list((tmp_path / "run" / "token_cache").iterdir())  # where train looks for it
 
 
+def test_rows_and_steps_can_be_capped(model: Path, tmp_path: Path) -> None:
+    """`data.train_max_samples` reads so many rows, `trainer.total_training_steps` ends a run."""
+    found = []
+    for more in ([], ["data.train_max_samples=9"], ["trainer.total_training_steps=4"]):
+        out = tmp_path / "plan.json"
+        assert main(words_for(model, tmp_path, f"json={out}", *more)) == 0
+        plan = json.loads(out.read_text())
+        found.append((plan["data"]["rows"], plan["epoch"]["documents"], plan["total_steps"]))
+    rows, samples, steps = found[0]
+    assert found[1:] == [(9, 9, 2 * 4), (rows, samples, 4)] and rows > 9 and steps > 8
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
