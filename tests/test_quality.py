@@ -85,7 +85,8 @@ def test_views_per_turn(tmp_path: Path) -> None:
         (["in=nothing.json", "out=x"], "no such file"),
         (["in={source}", "out={tmp}/x.txt", "to=sharegpt"], "cannot write '.txt' files"),
         (["in={source}", "out={tmp}/x.jsonl", "to=shargpt"], "Did you mean 'sharegpt'"),
-        (["in={source}", "out={tmp}/x.jsonl", "to=userrl"], "can be read, not written"),
+        (["in={source}", "out={tmp}/x.jsonl", "to=raw"], "can be read, not written"),
+        (["in={source}", "out={tmp}/x.jsonl", "to=userrl"], "Let out= end in .json"),
         (["in={source}", "out={tmp}/x", "select.where=1; DROP"], "select.where"),
     ],
 )

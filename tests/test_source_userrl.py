@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.chat_records import records
+from verl_sft.cli import main
 from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import find_format, read_records
 from verl_sft.records.schema import SFTRecord
@@ -81,6 +84,9 @@ def test_one_bad_episode_leaves_the_others(tmp_path: Path) -> None:
         ({"messages": ["x"]}, "messages[0]", "BAD_JSON"),
         ({"messages": [{"role": "assistant", "content": {}}]}, "messages[0].content", "BAD_CALL"),
         ({"tools": "{"}, "tools", "BAD_JSON"),
+        ({"verl_sft": "{"}, "verl_sft", "BAD_JSON"),
+        ({"verl_sft": {"supervise": [1]}}, "supervise", "BAD_INDEX"),
+        ({"verl_sft": {"step": "x"}}, "verl_sft.step", "BAD_VALUE"),
     ],
 )
 def test_damage_is_named(change: dict[str, Any], field: str, code: str) -> None:
@@ -88,6 +94,18 @@ def test_damage_is_named(change: dict[str, Any], field: str, code: str) -> None:
     (bad,) = find_format("userrl").read(cache(**change), ReadOptions(multiturn=True))
     assert isinstance(bad, BadRowError)
     assert (bad.field, bad.code) == (f"function.a1b2.data[0].{field}", code)
+
+
+def test_a_reward_beyond_float32_is_named() -> None:
+    """Only the attempt with it is refused."""
+    row = cache()
+    entry = row["function"]["a1b2"]
+    entry["reward"] = [[1e300], [1.0]]
+    entry["data"] *= 2
+    bad, good = find_format("userrl").read(row, ReadOptions(multiturn=True))
+    assert isinstance(bad, BadRowError) and isinstance(good, SFTRecord)
+    assert (bad.field, bad.code) == ("function.a1b2.reward[0]", "BAD_VALUE")
+    assert good.episode_id == "function:a1b2:1"
 
 
 def test_rl_parquet_loses_other_rows_nulls(tmp_path: Path) -> None:
@@ -123,3 +141,66 @@ def test_prompts_round_trip(record: SFTRecord) -> None:
     )
     (row,) = target.write(prompt)
     assert list(target.read(json.loads(json.dumps(row)), ReadOptions(multiturn=True))) == [prompt]
+
+
+@given(record=records())
+def test_caches_round_trip(record: SFTRecord) -> None:
+    """Written and read again, any record is what it was."""
+    target = find_format("userrl")
+    assert target.write is not None
+    (row,) = target.write(record)
+    assert target.detect(row)
+    assert list(target.read(json.loads(json.dumps(row)), ReadOptions(multiturn=True))) == [record]
+
+
+VALUES = st.none() | st.integers(0, 9) | st.text(max_size=3)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["function", "turtle"]),
+            st.sampled_from(["a1", "b2"]),
+            st.fixed_dictionaries({"gold": VALUES}, optional={"env_name": VALUES}),
+            st.lists(st.sampled_from([0.0, 0.1, 1.0]), max_size=2),
+        ),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_a_cache_is_written_as_it_was(
+    episodes: list[tuple[str, str, dict[str, Any], list[float]]],
+) -> None:
+    """Caches with several attempts at several tasks come back, but for ids kept beside them."""
+    target = find_format("userrl")
+    assert target.write is not None and target.whole is not None
+    messages = cache()["function"]["a1b2"]["data"][0]["messages"]
+    whole: dict[str, Any] = {}
+    for env, digest, data, rewards in episodes:
+        empty: dict[str, Any] = {"history": [], "reward": [], "data": []}
+        entry = whole.setdefault(env, {}).setdefault(digest, empty)
+        entry["history"].append([{"turn": len(entry["data"])}])
+        entry["reward"].append(rewards)
+        entry["data"].append({**data, "messages": messages})
+    read = list(target.read(whole, ReadOptions(multiturn=True)))
+    again = target.whole(row for r in read if isinstance(r, SFTRecord) for row in target.write(r))
+    assert list(target.read(again, ReadOptions(multiturn=True))) == read
+    for entries in again.values():
+        for entry in entries.values():
+            assert all(data.pop("verl_sft").keys() == {"episode_id"} for data in entry["data"])
+    assert again == whole
+
+
+def test_convert_writes_one_object(tmp_path: Path) -> None:
+    """The file that `convert to=userrl` writes is one cache, and reads as the same records."""
+    whole = cache()
+    whole["turtle"] = {
+        "c3": cache(messages=[{"role": "assistant", "content": "b"}])["function"]["a1b2"]
+    }
+    source, out = tmp_path / "a.json", tmp_path / "b.json"
+    source.write_text(json.dumps(whole))
+    assert main(["convert", f"in={source}", f"out={out}", "to=userrl"]) == 0
+    assert json.loads(out.read_text()).keys() == {"function", "turtle"}
+    first, second = ([replace(r, source="", record_id="") for r in read_records(p)]
+                     for p in (source, out))  # fmt: skip
+    assert first == second

@@ -151,7 +151,7 @@ def write_file(
                     report.written[path.name] += 1
             _check_written(report, path)
         return
-    with _row_writer(path, structs=target.structs) as put:
+    with _row_writer(path, target) as put:
         for record in records:
             try:
                 rows = [dump_json(row) for row in target.write(record)]
@@ -194,17 +194,24 @@ def _reject(record: SFTRecord, bad: BadRowError) -> Reject:
 
 
 @contextlib.contextmanager
-def _row_writer(path: Path, *, structs: Sequence[str]) -> Iterator[Callable[[str], None]]:
+def _row_writer(path: Path, target: SourceFormat) -> Iterator[Callable[[str], None]]:
+    suffixes = (".json",) if target.whole else (".jsonl", ".json", ".parquet")
+    if path.suffix not in suffixes:
+        raise UsageError(
+            f"cannot write '{path.suffix or path.name}' files of the format '{target.name}'",
+            where=str(path),
+            fix=f"Let out= end in {' or '.join(suffixes)}",
+        )
     if path.suffix == ".parquet":
-        with _parquet_rows(path, structs=structs) as put:
+        with _parquet_rows(path, structs=target.structs) as put:
             yield put
         return
-    if path.suffix not in (".jsonl", ".json"):
-        raise UsageError(
-            f"cannot write '{path.suffix or path.name}' files",
-            where=str(path),
-            fix="Let out= end in .jsonl, .json or .parquet",
-        )
+    if target.whole is not None:
+        texts: list[str] = []
+        yield texts.append
+        with publishing(path) as temporary:
+            temporary.write_text(dump_json(target.whole(map(json.loads, texts))), "ascii")
+        return
     array = path.suffix == ".json"
     with publishing(path) as temporary, temporary.open("w", encoding="ascii") as stream:
         before = "[\n" if array else ""

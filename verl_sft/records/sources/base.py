@@ -25,6 +25,7 @@ class SourceFormat:
             the format cannot hold; None where there is no writer.
         suffix: of the files that `write` makes: .jsonl, .json (one array) or .parquet.
         structs: columns that its tool reads as lists and structs of Arrow, never as JSON text.
+        whole: of a tool whose file is one object: all rows of a file as that object.
     """
 
     name: str
@@ -34,3 +35,4 @@ class SourceFormat:
     write: Callable[[SFTRecord], Iterable[JSON]] | None = None
     suffix: str = ".jsonl"
     structs: tuple[str, ...] = ()
+    whole: Callable[[Iterable[JSON]], JSON] | None = None
