@@ -210,13 +210,29 @@ def test_lora_quantised_and_capped(folder: Path) -> None:
         ({"dataset: merged_gym_sft": ""}, "no dataset is named"),
         ({"cosine": "cosin"}, "Did you mean 'cosine'"),
         ({"stage: sft": "stage: [sft"}, "cannot read the LLaMA-Factory file"),
+        ({"bf16: true": "bf16: true\nbf16: false"}, "'bf16' stands there twice"),
+        ({"bf16: true": "optim_args: {a: 1, a: 2}"}, "'a' stands there twice"),
+        ({"bf16: true": "bf16: perhaps"}, "bf16: perhaps is neither true nor false"),
+        ({"examples/deepspeed/ds_z3_config.json": "nowhere.json"}, "no such DeepSpeed file"),
+        ({"examples/deepspeed/ds_z3_config.json": "torn_z3.json"}, "cannot read the DeepSpeed"),
     ],
 )
 def test_what_cannot_be_done_is_refused(folder: Path, change: Any, message: str) -> None:
     """Other stages, unknown data sets and schedules, broken YAML."""
     ((old, new),) = change.items()
+    (folder / "torn_z3.json").write_text('{"zero_optimization": {"stage"')
     with pytest.raises(UsageError, match=message.replace("[", r"\[")):
         load(folder, USERRL.replace(old, new))
+
+
+def test_quoted_truths_are_truths(folder: Path) -> None:
+    """`"false"` in quotes, as templating tools write it, is false; so is 0."""
+    text = USERRL.replace("bf16: true", 'bf16: "False"\nmask_history: "false"\npure_bf16: 0')
+    config = load(folder, text)[0]
+    assert (config.engine.dtype, config.data.mask_history) == ("fp32", False)
+    text = USERRL.replace("bf16: true", 'bf16: "True"\nmask_history: "true"')
+    config = load(folder, text)[0]
+    assert (config.engine.dtype, config.data.mask_history) == ("bf16", True)
 
 
 def test_unknown_keys_are_named(folder: Path) -> None:
@@ -345,7 +361,7 @@ def test_a_changed_meaning_is_explained(folder: Path, name: str) -> None:
     value = {"num_train_epochs": "2.5", "gradient_accumulation_steps": "2", "fsdp_config": "a.json",
              "deepspeed": "ds_z3.json", "split_special_tokens": "false",
              "metric_for_best_model": "rouge"}.get(name, "true")  # fmt: skip
-    _, said = load(folder, f"{USERRL}\n{name}: {value}\n")
+    _, said = load(folder, USERRL, f"{name}={value}")
     start = "batch" if name == "gradient_accumulation_steps" else name
     assert any(line.startswith(f"{start}:") for line in said)
 

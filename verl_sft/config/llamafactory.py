@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.config.checks import one_of, real, whole
-from verl_sft.config.llamafactory_data import near, sources, split_names
+from verl_sft.config.llamafactory_data import sources, split_names
+from verl_sft.config.llamafactory_file import read_arguments, with_switches, zero_stage
 from verl_sft.config.llamafactory_keys import (
     CHANGED,
     DEFAULTS,
@@ -62,7 +63,7 @@ def read_llamafactory(
         UsageError: the file cannot be read, asks for another kind of training, or names a data
             set that `dataset_info.json` does not have.
     """
-    given = {**_read_yaml(path), **(changes or {})}
+    given = with_switches({**read_arguments(path), **(changes or {})}, where=str(path))
     asked = {key: value for key, value in given.items() if value is not None}
     for key, fix in REFUSED.items():
         if key in asked and asks_for(key, asked[key]):
@@ -288,29 +289,15 @@ def _engine(known: Mapping[str, Any], done: Translation, path: Path) -> None:
     if known.get("pure_bf16"):
         done.values["engine.model_dtype"] = "bf16"
     if given := known.get("deepspeed"):
-        stage, offload = _zero(given, path)
+        stage, offload, how = zero_stage(given, base=path)
         kept = "sharded in the forward pass too" if stage == 3 else "kept until the backward pass"
-        done.notes.append(f"deepspeed: ZeRO stage {stage} is FSDP2 with parameters {kept}")
+        done.notes.append(f"deepspeed: ZeRO stage {stage} is FSDP2 with parameters {kept}{how}")
     elif given := known.get("fsdp"):
         words = given if isinstance(given, list) else str(given).replace(",", " ").split()
         stage, offload = 2 if "shard_grad_op" in words else 3, "offload" in words
     else:
         return
     done.values |= {"engine.reshard_after_forward": stage == 3, "engine.offload": offload}
-
-
-def _zero(given: Any, path: Path) -> tuple[int, bool]:
-    """The stage, and whether something is offloaded: by content, else by the file's name."""
-    file = Path() if isinstance(given, dict) else near(given, path)
-    try:
-        content = given if isinstance(given, dict) else json.loads(file.read_text("utf-8-sig"))
-        zero = content.get("zero_optimization", {})
-        places = [zero.get(f"offload_{what}") or {} for what in ("param", "optimizer")]
-        return int(zero.get("stage", 0)), any(p.get("device") in ("cpu", "nvme") for p in places)
-    except (OSError, ValueError, AttributeError, TypeError):
-        name = file.name.lower()
-        stage = next((n for n in (3, 2, 1) if f"z{n}" in name or f"zero{n}" in name), 0)
-        return stage, "offload" in name
 
 
 def _saving(known: Mapping[str, Any], done: Translation, path: Path) -> None:
@@ -345,16 +332,3 @@ def _pairs(value: Any, key: str) -> dict[str, Any]:
         return {str(name): item for name, item in value.items()}
     except (yaml.YAMLError, AttributeError) as error:
         raise UsageError(f"{key}: {text:.80} holds no pairs name=value") from error
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UsageError("cannot read the LLaMA-Factory file", where=str(path), why=why) from error
-    if not isinstance(content, dict):
-        raise UsageError("the file holds no key: value pairs", where=str(path))
-    return {str(key): value for key, value in content.items()}
