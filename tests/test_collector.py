@@ -93,6 +93,7 @@ def test_a_collection_is_complete(tmp_path: Path) -> None:
     val = list(read_records(report.directory / "val.parquet"))
     assert (len(train), len(val)) == (report.rows_train, report.rows_val)
     assert train and val and not {r.group_id for r in train} & {r.group_id for r in val}
+    assert {r.task_id for r in (*train, *val)} == {f"train/{n:04d}" for n in range(6)}
     assert _stats(report.directory)["groups"]["overlap"] == 0
     assert [
         dataclasses.replace(r, source="") for r in read_records(report.directory / "val.csv")
@@ -131,7 +132,8 @@ def test_dialogue_history_and_episode_rows(tmp_path: Path) -> None:
     output = OutputConfig(dir=str(tmp_path), name="out", rows="episode")
     report = collect(_config(tmp_path, prompt=prompt, output=output))
     assert report.rows_train + report.rows_val == report.kept == 6
-    assert "<prediction>" in str(next(read_records(report.directory / "val.parquet")).messages[-1])
+    answer = str(next(read_records(report.directory / "val.parquet")).messages[-1])
+    assert "<observation>" in answer and "<prediction>" in answer
 
 
 def test_equal_rows_are_kept_once(tmp_path: Path) -> None:

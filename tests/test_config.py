@@ -150,7 +150,7 @@ def test_a_broken_file_is_named(text: bytes, tmp_path: Path) -> None:
 
 
 def test_words_win_over_the_file(tmp_path: Path) -> None:
-    """`--config FILE` first, then the words; a saved config can be read back."""
+    """`--config FILE` first, then the words, wherever they stand."""
     path = tmp_path / "c.yaml"
     path.write_text("rollout:\n  seed: 5\n  max_steps: 7\n", encoding="utf-8")
     config = load_config(CollectConfig, ["rollout.seed=6", "--config", str(path)])

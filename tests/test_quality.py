@@ -147,8 +147,9 @@ def test_stats_find_leaks_and_repetitions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Tasks and texts on both sides, and repeated records, are said; `strict` fails on them."""
-    shared = record(1, success=True, task_type="pick")
-    write_parquet(tmp_path / "train.parquet", [shared, shared, record(2, success=False)])
+    shared = record(1, success=True, task_type="pick", agent_name="coder")
+    other = record(2, success=False, agent_name="tester")
+    write_parquet(tmp_path / "train.parquet", [shared, shared, other])
     other = record(9, task_id="t2", record_id="x")
     write_parquet(tmp_path / "val.parquet", [record(1), other])
     out = tmp_path / "out"
@@ -159,7 +160,13 @@ def test_stats_find_leaks_and_repetitions(
     assert "attention: train and val share 1 contents" in told
     found = json.loads((out / "stats.json").read_text())
     assert found["train"]["by_task_type"]["pick"]["success_rate"] == 1.0
-    assert found["train"]["turns"]["histogram"] == {"1": 3}
+    agents = found["train"]["by_agent_name"]
+    assert {name: (a["records"], a["success_rate"]) for name, a in agents.items()} == {
+        "coder": (2, 1.0),
+        "tester": (1, 0.0),
+    }
+    turns = found["train"]["turns"]
+    assert turns["histogram"] == {"1": 3} and (turns["median"], turns["mean"]) == (1, 1.0)
     assert (out / "stats.png").stat().st_size > 1000
     assert main(["stats", f"in={tmp_path}", "strict=true"]) == 3
 

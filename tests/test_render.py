@@ -130,6 +130,20 @@ def test_views_of_a_stable_template(view: str, count: int) -> None:
     assert "".join(map(learned, views)) == "2+2 equals 4.<|im_end|>\n4+4 equals 8.<|im_end|>\n"
 
 
+def test_kept_history() -> None:
+    """`history_thinking=keep` sets the template's own switch: thoughts stay, in one view."""
+    template = template_for(read_template("qwen3_6.jinja"), name="qwen3_6")
+    thoughts = [
+        replace(m, reasoning_content=f"thought {i}") if m.role == "assistant" else m
+        for i, m in enumerate(SUMS)
+    ]
+    assert len(render(thoughts, template=template)) == 2  # negative control: by default they go
+    options = RenderOptions(history_thinking="keep")
+    (view,) = render(thoughts, template=template, options=options)
+    assert [text_of(template, view.token_ids).count(f"thought {i}") for i in (1, 3)] == [1, 1]
+    assert learned(view, template).count("2+2 equals 4.") == 1
+
+
 def test_stripped_history() -> None:
     """`history_thinking=strip` hides inline thoughts of earlier turns, not the learned one."""
     inline = chat("2?", "<think>two</think>2", "3?", "<think>three</think>3")
