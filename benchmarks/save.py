@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import row
-from verl_sft import safe_io
+from verl_sft import hashed_file, safe_io
 from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.saving import Saver, check_finite
 from verl_sft.trainer.state import TrainState, shard_tensors
@@ -95,7 +95,7 @@ class Race:
         self.timed("check for NaN", self.check)
         self.timed("sha256", lambda: [hashlib.sha256(b).digest() for b in blocks])
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
-        write = partial(safe_io._write_staged, descriptor, blocks, seen=lambda block: None)
+        write = partial(hashed_file._write_staged, descriptor, blocks, seen=lambda block: None)
         self.timed("write and sync", write)
         os.close(descriptor)
         path.unlink()

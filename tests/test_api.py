@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from verl_sft.records.parse import ReadOptions
 from verl_sft.records.read import read_records
 from verl_sft.records.schema import SFTRecord
 from verl_sft.trainer.api import SFTTrainer, to_records
+from verl_sft.trainer.train_loop import TrainLoop
 from verl_sft.types import Message
 
 
@@ -133,6 +136,31 @@ def test_loops_threads_and_two_runs_in_one_process(tmp_path: Path) -> None:
 
     asyncio.run(notebook())
     assert losses[0] == losses[1] and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_signals_of_the_caller_are_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_thread: bool
+) -> None:
+    """A thread may have no handlers; in the main one Ctrl-C stays, and SIGTERM comes back."""
+    step, during = TrainLoop.train_step, list[Any]()
+
+    def note(*given: Any) -> Any:
+        during.append([signal.getsignal(number) for number in mine])
+        return step(*given)
+
+    monkeypatch.setattr(TrainLoop, "train_step", note)
+    mine = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, note) for number in mine]
+    try:
+        trainer = SFTTrainer(keys(tmp_path), train_dataset=rows(4))
+        with ThreadPoolExecutor() as pool:
+            assert (pool.submit(trainer.train).result() if in_thread else trainer.train()).is_dir()
+        assert [signal.getsignal(number) for number in mine] == [note, note]
+    finally:
+        for number, handler in zip(mine, before, strict=True):
+            signal.signal(number, handler)
+    assert during[0][0] is note and (during[0][1] is note) == in_thread
 
 
 @pytest.mark.parametrize(

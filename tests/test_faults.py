@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from tests.train_ranks import run_ranks, steps_of, toy_config, toy_model, weights_of
-from verl_sft.errors import StorageError
+from verl_sft.errors import PeerLostError, StorageError
 from verl_sft.trainer import saving, train_loop
 from verl_sft.trainer.checkpoint import find_resume, list_checkpoints, verify
+from verl_sft.trainer.failures import as_user_error
 from verl_sft.trainer.pace import Pace
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.tracking import read_metrics
@@ -369,3 +370,11 @@ def test_a_failed_thread_fails_all_ranks(model: Path, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".tmp-*"))
     assert codes(run_ranks(config, size=2)) == [0, 0]
     assert [row[0] for row in steps_of(config, "step")] == list(range(1, 7))
+
+
+def test_a_closed_pipe_is_no_lost_rank() -> None:
+    """Broken connections of torch are of ranks; those of pipes and servers are not."""
+    lost_rank = as_user_error(RuntimeError("gloo/pair.cc: Connection closed by peer"))
+    assert isinstance(lost_rank, PeerLostError)
+    for error in (BrokenPipeError(errno.EPIPE, "Broken pipe"), ConnectionResetError("reset")):
+        assert as_user_error(error) is None

@@ -18,6 +18,7 @@ import torch
 from tests.train_ranks import run_ranks, toy_config, toy_model
 from verl_sft import safe_io
 from verl_sft.errors import NonFiniteError, StorageError, UsageError
+from verl_sft.hashed_file import write_hashed
 from verl_sft.trainer import saving
 from verl_sft.trainer.best import best_of
 from verl_sft.trainer.checkpoint import (
@@ -118,13 +119,13 @@ def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
         large=torch.randn(300, 1001).t().contiguous(),
         quoted=torch.ones(1),
     )
-    facts = safe_io.write_hashed(tmp_path / "ours", file_parts(tensors))
+    facts = write_hashed(tmp_path / "ours", file_parts(tensors))
     save_file(tensors, tmp_path / "theirs")
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     assert facts["sha256"] == safe_io.file_sha256(tmp_path / "theirs")
     assert facts["size"] == (tmp_path / "theirs").stat().st_size
     shared = {"one": tensors["large"], "two": tensors["large"]}
-    safe_io.write_hashed(tmp_path / "shared", file_parts(shared))
+    write_hashed(tmp_path / "shared", file_parts(shared))
     assert torch.equal(load_file(tmp_path / "shared")["two"], tensors["large"])
 
 
@@ -155,7 +156,7 @@ def test_every_byte_is_written(
 
     monkeypatch.setattr(fcntl, "fcntl", control)
     monkeypatch.setattr(os, "write", odd)
-    facts = safe_io.write_hashed(tmp_path / "file", iter(parts))
+    facts = write_hashed(tmp_path / "file", iter(parts))
     assert (tmp_path / "file").read_bytes() == data
     assert facts["size"] == size and facts["sha256"] == safe_io.file_sha256(tmp_path / "file")
 

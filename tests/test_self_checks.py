@@ -12,6 +12,7 @@ import torch
 from tests.train_ranks import run_ranks, toy_config, toy_model
 from verl_sft.data.store import LoadReport
 from verl_sft.errors import UsageError
+from verl_sft.model import vocab_parallel
 from verl_sft.trainer.self_checks import check_stop_tokens, require, self_checks
 
 NAMES = [
@@ -21,6 +22,7 @@ NAMES = [
     "trained parameters",
     "gradient accumulation",
 ]
+DIVIDED = {"model__vocab_parallel": "true"}
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +63,15 @@ def checked(model: Path, out: Path, *, size: int = 1, spoil: Any = None, **chang
         (1, {}),
         (2, {"model__lora_rank": 4}),
         (2, {"ulysses_sequence_parallel_size": 2}),
+        (2, DIVIDED),
+        (2, {"ulysses_sequence_parallel_size": 2, **DIVIDED}),
     ],
 )
 def test_a_sound_run_passes(model: Path, tmp_path: Path, size: int, changes: Any) -> None:
     """Full, LoRA and sequence parallel: every check is there and passes."""
     found = checked(model, tmp_path / "run", size=size, **changes)
-    assert [name for name, _, _ in found] == NAMES
+    divided = ["divided vocabulary"] * (DIVIDED.items() <= changes.items())
+    assert [name for name, _, _ in found] == NAMES + divided
     assert all(passed for _, passed, _ in found), found
     told = {name: text for name, _, text in found}
     assert ("the base is frozen" in told["trained parameters"]) == ("model__lora_rank" in changes)
@@ -116,6 +121,18 @@ def test_a_spoiled_run_fails_its_check(model: Path, tmp_path: Path, spoil: Any, 
     """Negative controls: each damage fails the check that is there for it."""
     found = checked(model, tmp_path / "run", spoil=spoil)
     assert [n for n, passed, _ in found if not passed] == [name], found
+
+
+def forget_columns(trainer: Any) -> None:
+    """Every rank takes the columns of the first one for all."""
+    combine = vocab_parallel.combine
+    vocab_parallel.combine = lambda stats: combine(stats[:1])  # in this forked rank alone
+
+
+def test_columns_of_other_ranks_are_missed(model: Path, tmp_path: Path) -> None:
+    """Negative control: ranks that know their own columns alone."""
+    found = checked(model, tmp_path / "run", size=2, spoil=forget_columns, **DIVIDED)
+    assert [n for n, passed, _ in found if not passed] == ["divided vocabulary"], found
 
 
 def test_turns_that_never_end_are_refused() -> None:

@@ -12,17 +12,14 @@ import errno
 import fcntl
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
 import socket
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 from verl_sft.errors import InputError, RunBusyError, StorageError
@@ -32,7 +29,7 @@ _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 # Made once: `dumps` makes one per call.
 _AS_IT_IS, _SORTED = (json.JSONEncoder(allow_nan=False, sort_keys=sort) for sort in (False, True))
-_STAGE, _SECTOR = 1 << 23, 1 << 12  # bytes: of one write, and what its size is a multiple of
+_DYING_S = 2.0  # that a killed process with much memory may take to let go of its lock
 
 
 def dump_json(value: Any, *, indent: int | None = None, sort: bool = False) -> str:
@@ -66,99 +63,6 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def write_hashed(
-    path: Path, parts: Iterable[memoryview], *, need: int | None = None
-) -> dict[str, Any]:
-    """Write a new file from bytes in memory and force it to the disk; nothing is read back.
-
-    A thread hashes the same bytes meanwhile. They must not change until this returns.
-
-    Args:
-        path: of the file.
-        parts: its bytes in order, made as they are written.
-        need: their number, for the message if there is no space.
-
-    Returns:
-        The file's `name`, `size` in bytes and `sha256`.
-
-    Raises:
-        StorageError: the disk is full or the place is not writable; a part of the file may be left.
-    """
-    digest = hashlib.sha256()
-    queue: SimpleQueue[memoryview | None] = SimpleQueue()
-
-    def hash_all() -> None:
-        for block in iter(queue.get, None):
-            digest.update(block)
-
-    thread = threading.Thread(target=hash_all, name="sha256")
-    thread.start()
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        try:
-            size = _write_staged(descriptor, parts, seen=queue.put)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise storage_error(error, path, need=need) from error
-    finally:
-        queue.put(None)
-        thread.join()
-    return {"name": path.name, "size": size, "sha256": digest.hexdigest()}
-
-
-def _write_staged(
-    descriptor: int, parts: Iterable[memoryview], *, seen: Callable[[memoryview], None]
-) -> int:
-    """Write and sync `parts`, telling `seen` of each; returns their size in bytes.
-
-    They go past the page cache where the file system allows it: what others have there stays, and
-    nothing is left for the sync to wait for.
-    """
-    stage = memoryview(mmap.mmap(-1, _STAGE))  # begins at a page, as direct writes must
-    filled = size = 0
-    _set_direct(descriptor, True)
-    for part in parts:
-        seen(part)
-        size += len(part)
-        while part:
-            taken = min(len(part), _STAGE - filled)
-            stage[filled : filled + taken] = part[:taken]
-            part, filled = part[taken:], filled + taken
-            if filled == _STAGE:
-                _write_all(descriptor, stage)
-                filled = 0
-    _write_all(descriptor, stage[: -(-filled // _SECTOR) * _SECTOR])  # more than there is, cut off
-    os.ftruncate(descriptor, size)
-    os.fsync(descriptor)
-    return size
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data:
-        try:
-            done = os.write(descriptor, data)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not _set_direct(descriptor, False):
-                raise
-            continue
-        data = data[done:]
-        if data:
-            _set_direct(descriptor, False)  # the rest may begin anywhere
-
-
-def _set_direct(descriptor: int, on: bool) -> bool:
-    """Whether writing past the page cache could be switched on, or had to be switched off."""
-    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-    if bool(flags & os.O_DIRECT) == on:
-        return False
-    try:
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags ^ os.O_DIRECT)
-    except OSError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -362,6 +266,8 @@ def read_log(path: Path, *, start: int = 0) -> Iterator[tuple[Any, int]]:
 def run_lock(directory: Path) -> Iterator[None]:
     """Hold `directory` for this process; the lock dies with the process, however it ends.
 
+    A killed process holds it until its last thread is gone, so it is asked for a little longer.
+
     Raises:
         RunBusyError: another live process holds it.
     """
@@ -370,17 +276,23 @@ def run_lock(directory: Path) -> Iterator[None]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise storage_error(error, path) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        owner = os.read(descriptor, 4096).decode(errors="replace").strip()
-        os.close(descriptor)
-        raise RunBusyError(
-            "another run works in this directory",
-            where=str(directory),
-            why=f"Held by {owner}" if owner else "",
-            fix="Wait for it to end, stop it, or choose another directory",
-        ) from error
+    end = time.monotonic() + _DYING_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if time.monotonic() < end:
+                time.sleep(0.02)
+                continue
+            owner = os.read(descriptor, 4096).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise RunBusyError(
+                "another run works in this directory",
+                where=str(directory),
+                why=f"Held by {owner}" if owner else "",
+                fix="Wait for it to end, stop it, or choose another directory",
+            ) from error
     try:
         started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         owner = f"pid {os.getpid()} on {socket.gethostname()} since {started}"

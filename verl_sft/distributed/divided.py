@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from verl_sft.distributed.setup import World
-from verl_sft.distributed.sharding import local, rows_of
+from verl_sft.distributed.sharding import local, rows_of, with_rows
 
 
 def divide(modules: Sequence[nn.Module], *, world: World) -> None:
@@ -78,11 +78,4 @@ class DividedGradients:
         if self._replicas is not None:
             dist.all_reduce(total, group=self._replicas)
         assert isinstance(parameter.data, DTensor)
-        parameter.grad = DTensor.from_local(
-            total.to(parameter.dtype),
-            parameter.data.device_mesh,
-            parameter.data.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        )
+        parameter.grad = with_rows(parameter.data, total.to(parameter.dtype))

@@ -109,9 +109,9 @@ def rows_of(rank: int, *, size: int, rows: int) -> tuple[int, int]:
     return min(rows, rank * step), min(rows, (rank + 1) * step)
 
 
-def with_rows(parameter: DTensor, rows: torch.Tensor) -> nn.Parameter:
-    """A sharded parameter like `parameter` (a meta tensor, say) with these rows on this rank."""
-    whole = DTensor.from_local(
+def with_rows(parameter: DTensor, rows: torch.Tensor) -> DTensor:
+    """A tensor that is sharded like `parameter` (a meta tensor, say), with these rows here."""
+    return DTensor.from_local(
         rows,
         parameter.device_mesh,
         parameter.placements,
@@ -119,7 +119,6 @@ def with_rows(parameter: DTensor, rows: torch.Tensor) -> nn.Parameter:
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-    return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 def gather_full(tensor: torch.Tensor) -> torch.Tensor:

@@ -114,14 +114,18 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.grads
-        ctx.grads = None
-        scale = upstream[0]
-        if grad_hidden is not None:
-            grad_hidden.mul_(scale)
-        if grad_head is not None:
-            grad_head = grad_head.mul_(scale).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None, None
+        return *scaled_grads(ctx, scale=upstream[0]), None, None, None, None
+
+
+def scaled_grads(ctx: Any, *, scale: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Those of both matrices that the forward pass left in `ctx.grads`, times `scale`, in place."""
+    grad_hidden, grad_head = ctx.grads
+    ctx.grads = None
+    if grad_hidden is not None:
+        grad_hidden.mul_(scale)
+    if grad_head is not None:
+        grad_head = grad_head.mul_(scale).to(ctx.head_dtype)
+    return grad_hidden, grad_head
 
 
 def dot(weights: Tensor, losses: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import embedding
 
-from verl_sft.model.loss import LossModel, chunk_rows, chunks, dot
+from verl_sft.model.loss import LossModel, chunk_rows, chunks, dot, scaled_grads
 
 
 @dataclass(frozen=True)
@@ -163,13 +163,7 @@ class _VocabLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.grads
-        ctx.grads = None
-        if grad_hidden is not None:
-            grad_hidden.mul_(upstream[0])
-        if grad_head is not None:
-            grad_head = grad_head.mul_(upstream[0]).to(ctx.head_dtype)
-        return grad_hidden, grad_head, None, None, None, None, None, None
+        return *scaled_grads(ctx, scale=upstream[0]), None, None, None, None, None, None
 
 
 class _Columns:

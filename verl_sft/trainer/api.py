@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +25,7 @@ from verl_sft.records.sources.custom import as_record
 from verl_sft.records.values import BadRowError, without_nulls
 from verl_sft.safe_io import make_output_dir
 from verl_sft.trainer.fsdp_sft_trainer import run
+from verl_sft.trainer.stopping import handlers_kept
 
 
 class SFTTrainer:
@@ -63,16 +63,14 @@ class SFTTrainer:
         Raises:
             VerlSftError: as the command would report it; nothing is printed twice.
         """
-        before = signal.getsignal(signal.SIGTERM)
         already = dist.is_initialized()
         try:
             world = setup_world(self.config.trainer.device)
             config = self._with_files(world)
-            with ExitStack() as stack:
+            with handlers_kept(), ExitStack() as stack:
                 run(config, world=world, stack=stack, owned=[])
             return Path(config.trainer.default_local_dir).expanduser()
         finally:
-            signal.signal(signal.SIGTERM, before)
             if dist.is_initialized() and not already:
                 dist.destroy_process_group()
 

@@ -26,7 +26,8 @@ def as_user_error(error: Exception) -> VerlSftError | None:
     if _is_memory(error):
         return OutOfMemoryError(f"out of memory: {_first_line(error)}", fix=_WAYS_OUT)
     lost = ("closed by peer", "Connection reset", "Timed out waiting", "Broken pipe")
-    if isinstance(error, dist.DistError) or any(part in str(error) for part in lost):
+    told = not isinstance(error, OSError) and any(part in str(error) for part in lost)
+    if isinstance(error, dist.DistError) or told:  # an OSError is of a pipe or a server
         return PeerLostError(f"another rank is gone: {_first_line(error)}")
     name = error.filename if isinstance(error, OSError) else None
     return as_storage_error(error, Path(str(name or "the disk")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -33,7 +32,7 @@ from verl_sft.trainer.exporting import PROVENANCE, upload_export
 from verl_sft.trainer.idle_options import idle_options
 from verl_sft.trainer.inputs import fingerprint, load_inputs, provenance
 from verl_sft.trainer.option_checks import check_options
-from verl_sft.trainer.rank import LAUNCHER_ENV
+from verl_sft.trainer.rank import LAUNCHER_ENV, ignore_warnings
 from verl_sft.trainer.resume import find_start, remember_data
 from verl_sft.trainer.state import TrainState
 from verl_sft.trainer.status import write_status
@@ -204,6 +203,5 @@ def _watchdog(config: TrainConfig, *, world: World, directory: Path) -> Watchdog
 
 
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
+    ignore_warnings()
     leave(main())

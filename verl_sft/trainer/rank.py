@@ -16,12 +16,17 @@ LAUNCHER_ENV = "VERL_SFT_LAUNCHER"
 def start() -> None:
     """Train, and end the process."""
     die_with_parent(int(os.environ[LAUNCHER_ENV]))
-    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
+    ignore_warnings()
     from verl_sft.trainer.ending import leave
     from verl_sft.trainer.fsdp_sft_trainer import main
 
     leave(main())
+
+
+def ignore_warnings() -> None:
+    """Keep what libraries say about themselves out of a run's output."""
+    warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\..*")
 
 
 if __name__ == "__main__":

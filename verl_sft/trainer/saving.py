@@ -248,17 +248,12 @@ def _check_size(file: Path, *, size: int) -> None:
         )
 
 
-class _writing:
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
     """Turn what the disk reports into a `StorageError`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, StorageError) or error is None:
-            return
-        if isinstance(error, OSError):
-            raise safe_io.storage_error(error, self.path) from error
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise safe_io.storage_error(error, path) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn.functional import cross_entropy
 
 from verl_sft.config.train import TrainConfig
 from verl_sft.data.collate import collate
@@ -24,8 +25,9 @@ from verl_sft.distributed.sharding import reshard
 from verl_sft.errors import UsageError
 from verl_sft.model.build import DTYPES, decoder_layers
 from verl_sft.model.lora import wants_lora
+from verl_sft.model.loss import dot
+from verl_sft.trainer.batches import model_inputs
 
-_INPUTS = ("input_ids", "target_ids", "weights", "position_ids", "cu_seqlens")
 _ADAPTER_MARK = "lora_"
 
 
@@ -65,7 +67,8 @@ def self_checks(
         dtype: of compute, as it was asked for.
         apart: what `probe_packing` measured.
     """
-    together, alone, seen = _both_ways(model, world=world)
+    together, alone, whole, seen = _both_ways(model, world=world)
+    half = dtype is not torch.float32
     checks = [check_isolation(apart, attention=attention)]
     if report is not None:
         checks.append(check_stop_tokens(report))
@@ -73,7 +76,8 @@ def self_checks(
         *checks,
         check_precision(config, model=model, wanted=dtype, seen=seen),
         check_trained(config, model=model, optimizer=optimizer),
-        check_accumulation(together, alone=alone, half=dtype is not torch.float32),
+        check_accumulation(together, alone=alone, half=half),
+        *([check_division(together, whole=whole, half=half)] if model.divided else []),
     ]
 
 
@@ -178,19 +182,35 @@ def check_accumulation(together: float, *, alone: float, half: bool) -> Check:
     apart = abs(together - alone) / max(abs(alone), 1e-12)
     return Check(
         "gradient accumulation",
-        apart < (0.02 if half else 1e-5),
+        apart < _limit(half),
         f"two micro-batches add up to one within {apart:.1e}",
         "This model's loss depends on what shares a micro-batch; use another "
         "model.attn_implementation",
     )
 
 
+def check_division(divided: float, *, whole: float, half: bool) -> Check:
+    """Whether ranks that know some columns of the logits each find the loss of whole logits."""
+    apart = abs(divided - whole) / max(abs(whole), 1e-12)
+    return Check(
+        "divided vocabulary",
+        apart < _limit(half),
+        f"the loss is that of whole logits within {apart:.1e}",
+        "Use model.vocab_parallel=false",
+    )
+
+
+def _limit(half: bool) -> float:
+    """How far losses may be apart, relatively."""
+    return 0.02 if half else 1e-5
+
+
 def _names(dtypes: set[torch.dtype]) -> str:
     return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "none"
 
 
-def _both_ways(model: Any, *, world: World) -> tuple[float, float, torch.dtype]:
-    """Loss sums of two documents in one micro-batch and in two, and the dtype inside."""
+def _both_ways(model: Any, *, world: World) -> tuple[float, float, float, torch.dtype]:
+    """Loss sums of two documents: in one micro-batch, in two, from logits; and the dtype inside."""
     vocabulary = int(model.causal.config.get_text_config().vocab_size)
     seen: list[torch.dtype] = []
 
@@ -204,18 +224,30 @@ def _both_ways(model: Any, *, world: World) -> tuple[float, float, torch.dtype]:
     try:
         with torch.no_grad():
             sums = [_loss(model, part, world=world) for part in (samples, samples[:1], samples[1:])]
+            sums.append(_of_logits(model, samples, world=world) if model.divided else sums[0])
     finally:
         handle.remove()
         model.train(training)
         reshard(model)
-    together, *apart = sum_over_ranks(sums, world=world)
-    return together / world.dp_size, sum(apart) / world.dp_size, seen[0]
+    sums = [total / world.dp_size for total in sum_over_ranks(sums, world=world)]
+    return sums[0], sums[1] + sums[2], sums[3], seen[0]
 
 
 def _loss(model: Any, samples: Sequence[TokenizedSample], *, world: World) -> float:
+    return float(model(**_inputs(samples, world=world)))
+
+
+def _of_logits(model: Any, samples: Sequence[TokenizedSample], *, world: World) -> float:
+    inputs = _inputs(samples, world=world)
+    logits = model(**inputs, mode="logits").float()
+    losses = cross_entropy(logits, inputs["target_ids"].reshape(-1), reduction="none")
+    return float(dot(inputs["weights"].reshape(-1), losses))
+
+
+def _inputs(samples: Sequence[TokenizedSample], *, world: World) -> dict[str, Any]:
+    """Arguments of the `LossModel`: this rank's slice of one row."""
     batch = slice_batch(collate([samples], pad_id=0), part=world.sp_rank, parts=world.sp_size)
-    tensors = {name: getattr(batch, name).to(world.device) for name in _INPUTS}
-    return float(model(**tensors, max_seqlen=batch.max_seqlen, parts=batch.parts))
+    return model_inputs(batch, world.device)
 
 
 def _document(length: int, vocabulary: int) -> TokenizedSample:

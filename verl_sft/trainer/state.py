@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from verl_sft import safe_io
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import local, rows_of
 from verl_sft.errors import StorageError
+from verl_sft.hashed_file import write_hashed
 from verl_sft.trainer.optimizers import set_rate, tensors_in
 from verl_sft.trainer.tensor_file import file_parts
 
@@ -122,7 +122,7 @@ def write_shard(
         StorageError: the disk is full or the place is not writable.
     """
     need = sum(tensor.nbytes for tensor in tensors.values())
-    return safe_io.write_hashed(path, file_parts(tensors, check=check), need=need)
+    return write_hashed(path, file_parts(tensors, check=check), need=need)
 
 
 def read_shards(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World
 from verl_sft.distributed.sharding import rows_of, with_rows
@@ -42,4 +44,5 @@ def fill(slots: Iterable[Slot], *, world: World, offload: bool) -> None:
         for slot in slots:
             rows = slot.parameter.shape[0]
             own = rows_of(world.shard_rank, size=world.shard_size, rows=rows)
-            slot.assign(with_rows(slot.parameter, read_rows(slot, *own).to(device)))
+            whole = with_rows(slot.parameter, read_rows(slot, *own).to(device))
+            slot.assign(nn.Parameter(whole, requires_grad=slot.parameter.requires_grad))
