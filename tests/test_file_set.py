@@ -8,17 +8,24 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from verl_sft.cli import main
+from verl_sft.config.train import TrainConfig
 from verl_sft.errors import InputError
+from verl_sft.records import convert
 from verl_sft.records.convert import ConvertReport, write_split
-from verl_sft.records.file_set import COMMITTED, publishing_set, settle
+from verl_sft.records.file_set import COMMITTED, check_versions, publishing_set, settle, versions_of
 from verl_sft.records.read import read_records
 from verl_sft.records.resolve import held_out_files, resolve_files
 from verl_sft.records.schema import SFTRecord
+from verl_sft.trainer import inputs
+from verl_sft.trainer.inputs import read_splits
 from verl_sft.types import Message
 
 CALLS = ("open", "fsync", "replace", "rename", "mkdir", "rmdir", "unlink")
@@ -156,3 +163,62 @@ def test_what_cannot_be_moved_is_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "replace", refuse)
     with pytest.raises(InputError, match="cannot be moved"):
         labels(tmp_path)
+
+
+@pytest.mark.parametrize("moved", [True, False])
+def test_a_set_published_between_two_files_is_seen(tmp_path: Path, moved: bool) -> None:
+    """Old train beside new val is an error, also where the new set is not yet at its names."""
+    write(tmp_path, "old")
+    files = [tmp_path / "train.parquet", tmp_path / "val.parquet"]
+    before = versions_of(files)
+    assert labels(tmp_path) == ({"old"}, {"old"})
+    check_versions(before)  # nobody wrote: negative control
+    write(tmp_path if moved else tmp_path / "new", "new")
+    if not moved:
+        (tmp_path / "new").rename(tmp_path / COMMITTED)
+    with pytest.raises(InputError, match="written to while"):
+        check_versions(before)
+    assert labels(tmp_path) == ({"new"}, {"new"})
+
+
+def test_training_refuses_halves_of_two_sets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pair that is published between the reading of train and of val ends the run."""
+    write(tmp_path, "old")
+    sides = []
+
+    def load(sources: Any, **_: Any) -> Any:
+        sides.append({r.data_source for s in sources for r in read_records(s.files)})
+        if publish:
+            write(tmp_path, "new")
+        return sides[-1]
+
+    monkeypatch.setattr(inputs, "load_samples", load)
+    monkeypatch.setattr(inputs, "tokenizer_spec", lambda *args, **options: None)
+    config = TrainConfig()
+    config.data.train_files = config.data.val_files = str(tmp_path)
+    world: Any = SimpleNamespace(is_main=True, size=1, rank=0)
+    for publish in (False, True):
+        sides.clear()
+        with pytest.raises(InputError) if publish else nullcontext():
+            read_splits(config, tokenizer=None, directory=tmp_path / "run", world=world)
+        assert sides == [{"old"}, {"new"} if publish else {"old"}]
+
+
+def test_convert_publishes_nothing_of_two_versions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An input that is replaced between the reading of groups and of rows: exit code 3."""
+    write(tmp_path / "in", "old")
+    read = convert.write_split
+
+    def late(directory: Path, records: Any, **options: Any) -> Any:
+        list(records())
+        write(tmp_path / "in", "new")
+        return read(directory, records, **options)
+
+    monkeypatch.setattr(convert, "write_split", late)
+    assert main(["convert", f"in={tmp_path / 'in'}", f"out={tmp_path / 'out'}"]) == 3
+    assert "written to while it was read" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.parquet"))

@@ -79,6 +79,7 @@ def _convert(
     reject: Callable[..., None],
 ) -> list[str]:
     from verl_sft.records import convert
+    from verl_sft.records.file_set import check_versions, versions_of
     from verl_sft.records.parse import ReadOptions
     from verl_sft.records.read import find_format, read_records
     from verl_sft.records.schema import SFTRecord
@@ -89,9 +90,15 @@ def _convert(
     options = ReadOptions(multiturn=True, format=config.source, **formats)
     target = find_format(config.target)
 
+    before = versions_of(files)
+
+    def read() -> Iterator[SFTRecord]:
+        yield from read_records(files, options=options, reject=reject)
+        check_versions(before)
+
     def chosen() -> Iterator[SFTRecord]:
         report.duplicates, report.dropped = 0, Counter()  # the records may be read twice
-        found = convert.named(read_records(files, options=options, reject=reject), reject=reject)
+        found = convert.named(read(), reject=reject)
         found = select(found, config=config.select, dropped=report.dropped)
         if config.view == "per_turn":
             found = convert.per_turn(found, dropped=report.dropped)

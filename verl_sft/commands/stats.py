@@ -25,13 +25,17 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("in= is needed", fix=f"usage: {usage}")
     if config.model:
         config.model = tokenizer_folder("model", config.model)
+    from verl_sft.records.file_set import check_versions, versions_of
     from verl_sft.records.quality import Summary, defects, overlaps
     from verl_sft.safe_io import make_output_dir, write_json
 
     splits: dict[str, Summary] = {}
     dropped: Counter[str] = Counter()
-    for name, files in _splits(config):
+    inputs = dict(_splits(config))
+    before = versions_of(file for files in inputs.values() for file in files)
+    for name, files in inputs.items():
         splits[name] = _summary(files, config=config, dropped=dropped)
+    check_versions(before)
     result: JSON = {name: split.result() for name, split in splits.items()}
     result |= {"dropped": dict(dropped), "overlap": overlaps(splits)}
     if config.model:

@@ -14,7 +14,7 @@ import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from verl_sft.errors import InputError, VerlSftError
@@ -22,6 +22,8 @@ from verl_sft.safe_io import fsync_path, storage_error
 
 COMMITTED = ".committed"
 _STAGED = ".staged."
+
+Version = tuple[int, int] | None  # size and time of the last change; None: the file is not there
 
 
 @contextlib.contextmanager
@@ -86,6 +88,39 @@ def settle(directory: Path) -> None:
             why="Until then new files would be read beside old ones",
             fix="Read them once as a user who may write there",
         ) from error
+
+
+def versions_of(files: Iterable[Path]) -> dict[Path, Version]:
+    """What `check_versions` needs to see whether somebody wrote to the files."""
+    return {file: _version(file) for file in files}
+
+
+def check_versions(before: Mapping[Path, Version]) -> None:
+    """Raise if a file was replaced or written to since then.
+
+    If not, all that was read in between is of one set.
+
+    Raises:
+        InputError: names the file.
+    """
+    for directory in {file.parent for file in before}:
+        settle(directory)
+    for file, version in before.items():
+        if _version(file) != version:
+            raise InputError(
+                "the file was written to while it was read",
+                where=str(file),
+                why="What was read may be partly old and partly new",
+                fix="Run again when nobody writes there",
+            )
+
+
+def _version(file: Path) -> Version:
+    try:
+        found = file.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_size, found.st_mtime_ns
 
 
 def _commit(staged: Path, directory: Path) -> None:

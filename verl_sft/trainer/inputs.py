@@ -20,6 +20,7 @@ from verl_sft.data.tree import shared_lengths
 from verl_sft.distributed.reduce import together
 from verl_sft.distributed.setup import World
 from verl_sft.model.build import model_fingerprint
+from verl_sft.records.file_set import check_versions, versions_of
 from verl_sft.records.mix import Source, mix_lines
 from verl_sft.safe_io import content_hash, file_sha256, write_json
 from verl_sft.trainer.best import check_best
@@ -127,11 +128,14 @@ def read_splits(
     with together(world):
         train_files, val_files = open_sources(data, cache=cache, say=say)
         check_best(config.trainer, val_sets=list(val_files))
+    sources = [*train_files, *(source for found in val_files.values() for source in found)]
+    before = versions_of(file for source in sources for file in source.files)
     with together(world):  # the cache lets one rank build while the others wait
         train = read(train_files, data.train_max_samples)
         val = join_sets(
             {name: read(found, data.val_max_samples) for name, found in val_files.items()}
         )
+        check_versions(before)
     return train, val, [file for source in train_files for file in source.files]
 
 
