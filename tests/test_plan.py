@@ -93,14 +93,13 @@ def test_batches_depend_on_seed_and_epoch_only() -> None:
     assert base != members(plan_epoch(one, seed=1, epoch=1, **settings_))
 
 
-def test_drop_last_and_unshuffled() -> None:
-    """`drop_last` leaves out the partial batch; without shuffling batches follow the data."""
+def test_unshuffled() -> None:
+    """Batches follow the data, and the last one may be partial."""
     sizes = np.full(10, 5)
     kept = plan_epoch(
-        sizes, seed=0, epoch=0, token_budget=64, train_batch_size=4, dp_size=1, drop_last=True,
-        shuffle=False,
-    )  # fmt: skip
-    assert members(kept) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        sizes, seed=0, epoch=0, token_budget=64, train_batch_size=4, dp_size=1, shuffle=False
+    )
+    assert members(kept) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
 
 
 def test_ranks_cost_the_same() -> None:

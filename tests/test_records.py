@@ -12,18 +12,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from verl_sft.errors import InputError, UsageError
 from verl_sft.prompts.alfworld import DEFAULT
 from verl_sft.records.build import episode_rows
-from verl_sft.records.io import (
-    CSV_COLUMNS,
-    read_metadata,
-    write_csv,
-    write_parquet,
-)
+from verl_sft.records.io import CSV_COLUMNS, METADATA_KEY, csv_writer, write_parquet
 from verl_sft.records.parse import ReadOptions, Reject
 from verl_sft.records.read import read_records
 from verl_sft.records.resolve import resolve_files
@@ -159,6 +154,12 @@ def test_escape_is_reversible(text: str) -> None:
     assert b"\x00" not in escape(text).encode("utf-8")
 
 
+def write_csv(path: Path, records: list[SFTRecord], *, spreadsheet_safe: bool = False) -> None:
+    with csv_writer(path, spreadsheet_safe=spreadsheet_safe) as write:
+        for record in records:
+            write(record)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.lists(RECORDS, max_size=4))
 def test_every_format_gives_back_what_was_written(
@@ -194,7 +195,8 @@ def test_parquet_bytes_are_a_function_of_the_rows(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_parquet(tmp_path / f"{name}.parquet", rows, metadata={"config": {"seed": 1}})
     assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
-    assert read_metadata(tmp_path / "a.parquet")["config"] == {"seed": 1}
+    kept = json.loads(pq.read_schema(tmp_path / "a.parquet").metadata[METADATA_KEY])
+    assert kept["config"] == {"seed": 1}
     frame = pd.read_parquet(tmp_path / "a.parquet")
     assert list(frame.columns) == list(COLUMNS)
     assert [m["role"] for m in frame["messages"][0]] == ["user", "assistant"]
@@ -394,12 +396,15 @@ def test_resolve_files(tmp_path: Path) -> None:
 GROUPS = st.dictionaries(st.text(max_size=6), st.sampled_from("abc"), max_size=40)
 
 
+@example({"g": "a", "h": "a"}, 1.0, 0)
 @given(GROUPS, st.floats(0, 1), st.integers(0, 5))
 def test_split_is_by_group(groups: dict[str, str], fraction: float, seed: int) -> None:
     """Disjoint and complete; exact in number; both sides filled when they can be."""
     split = split_groups(groups, val_fraction=fraction, seed=seed)
     assert split.overlap == 0 and split.train | split.val == set(groups)
-    if len(groups) >= 2 and fraction > 0:
+    if fraction == 1:  # asked for in so many words
+        assert not split.train and "all rows are for validation" in split.note
+    elif len(groups) >= 2 and fraction > 0:
         assert split.train and split.val and not split.note
         wanted = min(max(round(fraction * len(groups)), 1), len(groups) - 1)
         assert len(split.val) == wanted

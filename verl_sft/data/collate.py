@@ -49,7 +49,6 @@ def collate(
     rows: Sequence[Sequence[TokenizedSample]],
     *,
     pad_id: int,
-    pad_to_multiple: int = 1,
     share: bool = False,
 ) -> PackedBatch:
     """Lay documents behind one another in their rows and pad the rows to one width.
@@ -58,7 +57,6 @@ def collate(
         rows: documents of each row; none at all gives one padding token of weight 0, so that a rank
             without work still runs the collectives.
         pad_id: id of padding inputs and targets; never weighted, so any id will do.
-        pad_to_multiple: the width T is rounded up to it.
         share: merge the samples of a row that begin alike; a document is then a tree of them.
 
     Example: rows `[[a (3 tokens), b (2)], [c (4)]]` give
@@ -67,8 +65,7 @@ def collate(
         cu_seqlens    [0, 3, 5, 9, 10]
     """
     flat = [(build_trees if share else side_by_side)(row) for row in rows]
-    width = max((len(f) for f in flat), default=0)
-    width = -(-max(width, 1) // pad_to_multiple) * pad_to_multiple
+    width = max([1, *map(len, flat)])
     shape = (max(len(rows), 1), width)
     inputs = np.full(shape, pad_id, dtype=np.int64)
     targets = np.full(shape, pad_id, dtype=np.int64)

@@ -58,7 +58,6 @@ def plan_epoch(
     dp_size: int,
     packed: bool = True,
     micro_batch_size: int | None = None,
-    drop_last: bool = False,
     shuffle: bool = True,
     quadratic_cost: float = QUADRATIC_COST,
     units: Lengths | None = None,
@@ -80,7 +79,6 @@ def plan_epoch(
         dp_size: ranks that read different data.
         packed: one row of several documents; else one document per row, padded.
         micro_batch_size: most rows of a padded micro-batch (None: as many as fit).
-        drop_last: leave out the last batch if it is not full.
         shuffle: False keeps the order of the data.
         quadratic_cost: see above.
         units: samples of one unit (neighbours with one number, int64 [N], ascending) stay
@@ -102,20 +100,19 @@ def plan_epoch(
     order = np.arange(len(sizes))
     if shuffle:
         order = _shuffled(order if units is None else units, seed=seed, epoch=epoch)
-    stop = len(order) // train_batch_size * train_batch_size if drop_last else len(order)
     rows = None if packed else micro_batch_size or len(sizes)
     return EpochPlan(
         tuple(
             _plan_step(
                 sizes,
-                samples=np.sort(order[start : min(start + train_batch_size, stop)]),
+                samples=np.sort(order[start : start + train_batch_size]),
                 budget=token_budget,
                 dp_size=dp_size,
                 padded_rows=rows,
                 quadratic=quadratic_cost,
                 shared=shared,
             )
-            for start in range(0, stop, train_batch_size)
+            for start in range(0, len(order), train_batch_size)
         )
     )
 

@@ -27,7 +27,6 @@ from verl_sft.config.collect import MakeGamesConfig
 from verl_sft.envs.alfworld_data import (
     GAME_FILE,
     RELEASE,
-    SPLITS,
     TRAJ_FILE,
     check_task_types,
     task_type_of,
@@ -66,12 +65,6 @@ class GamesReport:
     games: tuple[str, ...]  # task ids, under `out`/json_2.1.1
     made: int  # games written by this call; the others were there
     skipped: tuple[str, ...]
-
-    @property
-    def by_split(self) -> dict[str, int]:
-        """Number of games of each split."""
-        counts = Counter(game.partition("/")[0] for game in self.games)
-        return {split: counts[split] for split in SPLITS}
 
     @property
     def by_task_type(self) -> dict[str, int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import functools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from typing import Any
 from verl_sft.errors import InputError
 from verl_sft.records.columns import CSV_COLUMNS, CSV_SAFE, to_cell
 from verl_sft.records.file_set import publishing_set
-from verl_sft.records.files import open_parquet
 from verl_sft.records.rows import record_to_row
 from verl_sft.records.schema import COLUMNS, SCHEMA_VERSION, SFTRecord
 from verl_sft.safe_io import dump_json, publishing
@@ -161,19 +159,6 @@ def write_parquet(
     with parquet_writer(path, metadata=metadata or {}) as write:
         for record in records:
             write(record)
-
-
-def write_csv(path: Path, records: Iterable[SFTRecord], *, spreadsheet_safe: bool = False) -> None:
-    """Publish `records` as CSV; see `csv_writer`."""
-    with csv_writer(path, spreadsheet_safe=spreadsheet_safe) as write:
-        for record in records:
-            write(record)
-
-
-def read_metadata(path: Path) -> JSON:
-    """What `parquet_writer` kept in the file; empty for files of other tools."""
-    text = (open_parquet(path).schema_arrow.metadata or {}).get(METADATA_KEY)
-    return {} if text is None else json.loads(text)
 
 
 def _encode(record: SFTRecord) -> JSON:
