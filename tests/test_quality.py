@@ -11,6 +11,7 @@ import pytest
 
 from verl_sft.cli import main
 from verl_sft.config.select import SelectConfig
+from verl_sft.data.fold import conversations
 from verl_sft.errors import UsageError
 from verl_sft.records.io import write_parquet
 from verl_sft.records.read import read_records
@@ -76,6 +77,34 @@ def test_views_per_turn(tmp_path: Path) -> None:
     out = tmp_path / "b.parquet"
     assert main(["convert", f"in={tmp_path / 'a.parquet'}", f"out={out}", "view=per_turn"]) == 0
     assert [(len(r.messages), r.supervise) for r in read_records(out)] == [(2, (1,)), (6, (5,))]
+
+
+def test_shuffled_steps_are_put_in_order(tmp_path: Path) -> None:
+    """`order=episode` lets training fold step rows again; each learned turn stays, once."""
+    rows = [
+        SFTRecord(
+            messages=tuple(
+                Message(role, f"{name}{i}")
+                for i in range(step + 1)
+                for role in ("user", "assistant")
+            ),
+            supervise=(2 * step + 1,),
+            episode_id=name,
+            step=step,
+        )
+        for name, step in (("b", 2), ("a", 10), ("", 0), ("b", 0), ("a", 9), ("b", 1))
+    ]
+    write_parquet(tmp_path / "a.parquet", rows)
+    for order, chats in (("as_is", 6), ("episode", 3)):
+        out = tmp_path / f"{order}.parquet"
+        assert (
+            main(["convert", f"in={tmp_path / 'a.parquet'}", f"out={out}", f"order={order}"]) == 0
+        )
+        found = list(read_records(out))
+        folded = list(conversations(found, multiturn=True))
+        assert len(folded) == chats and sum(len(c.weights or ()) for c in folded) == 6
+    names = [(r.episode_id, r.step) for r in found]
+    assert names == [("b", 0), ("b", 1), ("b", 2), ("a", 9), ("a", 10), ("", 0)]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,8 @@ def _convert(
         kept = chosen()
         if by := config.select.balance:
             kept = balanced(chosen, by=by, seed=config.seed, dropped=report.dropped)
+        if config.order == "episode":
+            kept = iter(convert.by_episode(kept))
         return islice(kept, None if config.max_rows < 0 else config.max_rows)
 
     if _is_directory(config, out):

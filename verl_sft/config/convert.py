@@ -23,6 +23,7 @@ class ConvertConfig:
     source: str = "auto"  # format of the input, or file.py:function
     target: str = "own"  # format of the output
     view: str = "as_is"  # as_is | per_turn: one record per learned turn, with the chat before it
+    order: str = "as_is"  # as_is | episode: an episode's rows together, by step; held in memory
     agentrl: AgentRLConfig = field(default_factory=AgentRLConfig)
     raw: RawConfig = field(default_factory=RawConfig)
     val_fraction: float = 0.1  # share of the groups held out, where `out` is a directory
@@ -35,6 +36,7 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         self.inputs = hide_all(self.inputs)
         one_of("view", self.view, ("as_is", "per_turn"))
+        one_of("order", self.order, ("as_is", "episode"))
         fraction("val_fraction", self.val_fraction)
         fraction("max_reject_fraction", self.max_reject_fraction)
         at_least("seed", self.seed, 0)

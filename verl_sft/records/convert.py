@@ -94,6 +94,17 @@ def unique(records: Iterable[SFTRecord], report: ConvertReport) -> Iterator[SFTR
         yield record
 
 
+def by_episode(records: Iterable[SFTRecord]) -> list[SFTRecord]:
+    """The records with all rows of an episode, in the order of their steps, where its first was."""
+    found = list(records)
+    first: dict[str, int] = {}
+    places = [
+        (first.setdefault(record.episode_id, place) if record.episode_id else place, record.step)
+        for place, record in enumerate(found)
+    ]
+    return [found[i] for i in sorted(range(len(found)), key=places.__getitem__)]
+
+
 def write_split(
     directory: Path,
     records: Records,
