@@ -80,7 +80,7 @@ def load(world: Any, path: str, on_meta: bool) -> int:
     from verl_sft.config.train import ModelConfig
     from verl_sft.distributed.sharding import shard
     from verl_sft.model.build import build_model, decoder_layers
-    from verl_sft.trainer.weights import fill
+    from verl_sft.trainer.meta_start import fill
 
     start = begin()
     config = ModelConfig(partial_pretrain=path)

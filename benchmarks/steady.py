@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.contenders import ours
 from benchmarks.report import row
 from benchmarks.shapes import SHAPES, write_model
-from verl_sft.distributed.caches import CAPACITIES
+from verl_sft.distributed.shape_caches import CAPACITIES
 
 STEPS, SETTLED = 320, 60
 

@@ -22,7 +22,7 @@ from typing import Any
 from benchmarks.contenders import samples_of
 from benchmarks.report import row
 from benchmarks.shapes import SHAPES, learned_fraction, write_model
-from verl_sft.distributed.caches import CAPACITIES
+from verl_sft.distributed.shape_caches import CAPACITIES
 
 SIZES = {  # shape, samples per step, steps (the first is dropped), longest sample
     "default": ("cpu", 8, 4, 1536),

@@ -132,6 +132,15 @@ def test_light_imports(module: str) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_each_file_of_the_trainer_answers_a_question() -> None:
+    """The table of docs/architecture.md leads to every file of the largest folder."""
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page[page.index("## Where to look") : page.index("## Seams")]
+    names = {str(p.relative_to(ROOT)) for p in FILES if part_of(p) == "trainer"}
+    absent = [name for name in sorted(names) if f"`{name}" not in table]
+    assert absent == ["verl_sft/trainer/__init__.py"]
+
+
 def test_text_is_ascii() -> None:
     """Source and docs hold ASCII only; no file holds a path of the machine it was made on."""
     names = subprocess.run(

@@ -14,8 +14,7 @@ from tests.train_ranks import run_ranks, steps_of, toy_config, toy_model, weight
 from verl_sft.config.load import load_config
 from verl_sft.config.train import OptimConfig, TrainConfig
 from verl_sft.errors import MissingExtraError, UsageError
-from verl_sft.trainer.optim import make_optimizer
-from verl_sft.trainer.optimizers import JoinedOptimizer, optimizer_class
+from verl_sft.trainer.optimizers import JoinedOptimizer, make_optimizer, optimizer_class
 
 NAMES = ["Adam", "NAdam", "RAdam", "Adamax", "SGD", "RMSprop", "Adagrad", "Adafactor", "Rprop"]
 NAMES += ["Muon"]

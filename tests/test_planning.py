@@ -18,7 +18,7 @@ from verl_sft.errors import UsageError
 from verl_sft.model.attention import SPLIT, register_attention
 from verl_sft.model.loss import LossModel
 from verl_sft.model.shape import ModelShape, read_shape
-from verl_sft.trainer.flops import ModelSize
+from verl_sft.trainer.flops import ModelFlops
 from verl_sft.trainer.memory import MemorySettings, estimate_memory, memory_settings
 from verl_sft.trainer.planning import plan_figures, planning_cost
 
@@ -187,7 +187,7 @@ def test_only_active_experts_work() -> None:
     config = config_of(
         "qwen3_moe", num_experts=8, num_experts_per_tok=2, moe_intermediate_size=32, head_dim=16
     )
-    size = ModelSize.of(AutoModelForCausalLM.from_config(config))
+    size = ModelFlops.of(AutoModelForCausalLM.from_config(config))
     attention = 64 * 64 * 2 + 64 * 32 * 2
     layer = attention + 64 * 8 + 2 * 3 * 64 * 32  # router, two experts of three matrices
     assert (size.body, size.body_trained) == (3 * layer, 3 * layer)

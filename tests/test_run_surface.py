@@ -30,7 +30,7 @@ from verl_sft.trainer.best import check_best, check_metric, judged, stops_early
 from verl_sft.trainer.breakdown import LossParts
 from verl_sft.trainer.checkpoint import TrainProgress, list_checkpoints
 from verl_sft.trainer.env_eval import FAILED, run_evaluation
-from verl_sft.trainer.flops import ModelSize, peak_flops
+from verl_sft.trainer.flops import ModelFlops, peak_flops
 from verl_sft.trainer.meter import Meter, layout
 from verl_sft.trainer.trackers import Remote, RunInfo
 from verl_sft.trainer.tracking import Tracker, plot_loss, read_metrics, status
@@ -118,11 +118,11 @@ def test_layout_is_what_the_plan_says() -> None:
 
 def test_flops_by_hand() -> None:
     """6 per parameter and token; frozen matrices cost 4, the head only learned rows."""
-    full = ModelSize(body=100, body_trained=100, head=50, head_trained=True, attention=8)
+    full = ModelFlops(body=100, body_trained=100, head=50, head_trained=True, attention=8)
     assert full.six_n(10) == 6 * 150 * 10
     assert full.executed(10, learned=10, pairs=0) == full.six_n(10)
     assert full.executed(10, learned=2, pairs=100) == 6 * 100 * 10 + 6 * 50 * 2 + 6 * 8 * 100
-    lora = ModelSize(body=110, body_trained=10, head=50, head_trained=False, attention=8)
+    lora = ModelFlops(body=110, body_trained=10, head=50, head_trained=False, attention=8)
     assert lora.executed(10, learned=2, pairs=0) == (4 * 100 + 6 * 10) * 10 + 4 * 50 * 2
     assert peak_flops(None, device=CPU, dtype="bfloat16") is None
     assert peak_flops(5e11, device=CPU, dtype="float32") == 5e11
@@ -131,7 +131,7 @@ def test_flops_by_hand() -> None:
 def test_rates_are_means_without_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slow first step is forgotten; what lies between steps counts for the time that remains."""
     world = World(0, 1, CPU, mesh=None)  # type: ignore[arg-type]
-    meter = Meter(world=world, size=None, peak=None, budget=10)
+    meter = Meter(world=world, flops=None, peak=None, budget=10)
     plan, lengths = StepPlan(((((0,),),),)), np.array([10], dtype=np.int64)
     now, found = 0.0, {}
     for seconds, between in ((60.0, 0.0), (1.0, 0.0), (3.0, 4.0)):

@@ -36,7 +36,7 @@ from verl_sft.model.attention import document_kwargs, pick_attention, register_a
 from verl_sft.model.build import build_model, probe_packing
 from verl_sft.trainer.idle_options import idle_options
 from verl_sft.trainer.launch import exit_code
-from verl_sft.trainer.optim import lr_factor
+from verl_sft.trainer.learning_rate import lr_factor
 from verl_sft.trainer.status import write_status
 
 CPU = torch.device("cpu")

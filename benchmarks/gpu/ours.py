@@ -129,7 +129,8 @@ def make_trainer(setting: Setting, *, place: Place, step: Step) -> Any:
     from verl_sft.model.kernels import compile_layers
     from verl_sft.model.lora import add_lora
     from verl_sft.model.loss import LossModel
-    from verl_sft.trainer.optim import gradient_norm, make_optimizer, scale_gradients
+    from verl_sft.trainer.gradients import gradient_norm, scale_gradients
+    from verl_sft.trainer.optimizers import make_optimizer
 
     world = setup_world("cpu" if place.device.type == "cpu" else "cuda")
     causal = make_model(setting, device=place.device, attention=pick_attention(

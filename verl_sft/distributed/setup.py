@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from verl_sft.distributed.caches import bound_shape_caches
+from verl_sft.distributed.shape_caches import bound_shape_caches
 from verl_sft.errors import UsageError
 
 TIMEOUT = timedelta(minutes=30)  # the first rank may tokenise while the others wait

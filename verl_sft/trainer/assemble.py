@@ -20,13 +20,13 @@ from verl_sft.model.tree_attention import register_tree_attention
 from verl_sft.model.ulysses import check_heads, probe_slices, register_ulysses
 from verl_sft.trainer.file_checks import check_vocabulary
 from verl_sft.trainer.inputs import Inputs, make_plan
-from verl_sft.trainer.optim import make_optimizer
+from verl_sft.trainer.meta_start import check_start, fill, wants_meta
+from verl_sft.trainer.optimizers import make_optimizer
 from verl_sft.trainer.precision import set_matmul
 from verl_sft.trainer.self_checks import require_checks
 from verl_sft.trainer.sharing import prove_sharing, without_sharing
 from verl_sft.trainer.train_loop import TrainLoop
 from verl_sft.trainer.vocab import divide_vocabulary, vocab_work
-from verl_sft.trainer.weights import check_start, fill, wants_meta
 
 
 def assemble(

@@ -31,8 +31,8 @@ PEAKS: dict[str, float] = {
 
 
 @dataclass(frozen=True, slots=True)
-class ModelSize:
-    """What decides the work of one token.
+class ModelFlops:
+    """Operations of a model, by the parameters that tokens run through.
 
     Attributes:
         body: parameters of all matrices but the embeddings and the head; of experts, as many as
@@ -50,7 +50,7 @@ class ModelSize:
     attention: int
 
     @classmethod
-    def of(cls, causal: Any) -> ModelSize:
+    def of(cls, causal: Any) -> ModelFlops:
         """Read off a transformers causal language model, sharded or not."""
         parameters = dict(causal.named_parameters())
         tables = {id(causal.get_input_embeddings().weight)}

@@ -15,7 +15,7 @@ import torch
 
 from verl_sft.data.plan import QUADRATIC_COST, StepPlan
 from verl_sft.distributed.setup import World
-from verl_sft.trainer.flops import ModelSize
+from verl_sft.trainer.flops import ModelFlops
 
 WINDOW = 20  # steps over which rates are averaged
 _GB = 1e9
@@ -60,15 +60,15 @@ class Meter:
 
     Args:
         world: the ranks.
-        size: of the model; None: no FLOPs are counted.
+        flops: of the model; None: they are not counted.
         peak: FLOP/s of one rank's device; None: no MFU.
         budget: most tokens of one micro-batch.
     """
 
     def __init__(
-        self, *, world: World, size: ModelSize | None, peak: float | None, budget: int
+        self, *, world: World, flops: ModelFlops | None, peak: float | None, budget: int
     ) -> None:
-        self.world, self.size, self.peak, self.budget = world, size, peak, budget
+        self.world, self.flops, self.peak, self.budget = world, flops, peak, budget
         self._steps: deque[tuple[float, float, float, float]] = deque(maxlen=WINDOW)
         self._ends: deque[float] = deque(maxlen=WINDOW + 1)
 
@@ -94,9 +94,9 @@ class Meter:
         """
         laid = layout(step_plan, lengths=lengths)
         work = (0.0, 0.0)
-        if self.size is not None:
-            done = self.size.executed(tokens, learned=learned, pairs=laid.pairs)
-            work = self.size.six_n(tokens), done
+        if self.flops is not None:
+            done = self.flops.executed(tokens, learned=learned, pairs=laid.pairs)
+            work = self.flops.six_n(tokens), done
         if len(self._ends) == 1:  # the first step also warms up; no rate should remember it
             self._steps.clear()
         self._steps.append((tokens, seconds, *work))
@@ -114,7 +114,7 @@ class Meter:
         if self.world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.world.device)
             found["train/cuda_peak_gb"] = peak / _GB
-        if self.size is not None and self.peak is not None:
+        if self.flops is not None and self.peak is not None:
             possible = sums[1] * self.peak * self.world.size
             found["train/mfu"], found["train/mfu_executed"] = sums[2] / possible, sums[3] / possible
         return found
@@ -129,9 +129,9 @@ def resident_bytes() -> int:
         return 0
 
 
-def model_size(loss_model: Any) -> ModelSize | None:
-    """The size of a `LossModel`'s causal model; None where its shape is not the usual one."""
+def model_flops(loss_model: Any) -> ModelFlops | None:
+    """Those of a `LossModel`'s causal model; None where its shape is not the usual one."""
     try:
-        return ModelSize.of(loss_model.causal)
+        return ModelFlops.of(loss_model.causal)
     except (AttributeError, TypeError):
         return None

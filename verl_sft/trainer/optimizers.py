@@ -39,6 +39,41 @@ Groups = list[dict[str, Any]]
 Make = Callable[[Groups], torch.optim.Optimizer]
 
 
+def make_optimizer(
+    model: nn.Module, *, config: OptimConfig, shard_size: int = 1
+) -> torch.optim.Optimizer:
+    """The chosen optimizer over the trainable parameters.
+
+    Norms and biases are not decayed by default. Matrices B of adapters learn
+    `optim.loraplus_lr_ratio` times as fast: their groups have that `lr_scale`.
+    """
+    found: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim >= 2 or config.decay_norms_and_biases
+            faster = config.loraplus_lr_ratio is not None and "lora_B" in name
+            faster |= config.loraplus_lr_ratio is not None and "lora_embedding_B" in name
+            found.setdefault((not decayed, faster), []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+            "lr_scale": config.loraplus_lr_ratio if faster else 1.0,
+        }
+        for (plain, faster), parameters in sorted(found.items(), key=lambda item: item[0])
+    ]
+    heads = [
+        parameter
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        for parameter in module.parameters()
+    ]
+    output = getattr(getattr(model, "causal", None), "get_output_embeddings", lambda: None)()
+    if output is not None:
+        heads.extend(output.parameters())
+    return build_optimizer(groups, config=config, shard_size=shard_size, heads=heads)
+
+
 def build_optimizer(
     groups: Groups, *, config: OptimConfig, shard_size: int = 1, heads: Iterable[nn.Parameter] = ()
 ) -> torch.optim.Optimizer:

@@ -57,6 +57,7 @@ def stop_at_signals(*, interrupts: bool = False) -> None:
 @contextlib.contextmanager
 def handlers_kept() -> Iterator[None]:
     """What signals do behind the block is what they did before it."""
+    _raised.clear()
     before = {number: signal.getsignal(number) for number in _ours()}
     try:
         yield

@@ -26,14 +26,9 @@ from verl_sft.trainer.breakdown import LossParts
 from verl_sft.trainer.checkpoint import TrainProgress
 from verl_sft.trainer.failures import explain_memory
 from verl_sft.trainer.flops import peak_flops
-from verl_sft.trainer.meter import Meter, model_size
-from verl_sft.trainer.optim import (
-    gradient_norm,
-    lr_factor,
-    scale_gradients,
-    set_learning_rate,
-    warmup_steps,
-)
+from verl_sft.trainer.gradients import gradient_norm, scale_gradients
+from verl_sft.trainer.learning_rate import lr_factor, set_learning_rate, warmup_steps
+from verl_sft.trainer.meter import Meter, model_flops
 from verl_sft.trainer.pace import Pace
 from verl_sft.trainer.saving import Saver
 from verl_sft.trainer.skipping import bad_samples, check_skip, flagged, is_finite
@@ -146,7 +141,7 @@ class TrainLoop:
         dtype = str(compute_dtype(config.engine.dtype, device=world.device)).removeprefix("torch.")
         self.meter = Meter(
             world=world,
-            size=model_size(model),
+            flops=model_flops(model),
             peak=peak_flops(config.trainer.peak_flops, device=world.device, dtype=dtype),
             budget=config.data.token_budget,
         )
