@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +186,20 @@ def test_two_runs_in_one_directory(model: Path, tmp_path: Path) -> None:
         reports = run_ranks(toy_config(model, tmp_path / "run"), size=2)
     assert [r["code"] for r in reports] == [RunBusyError.exit_code] * 2
     assert not (tmp_path / "run" / "status.json").exists()
+
+
+def test_a_lock_that_is_let_go_soon_is_waited_for(tmp_path: Path) -> None:
+    """A killed run holds its directory until its last thread is gone: a restart comes through."""
+    told, tell = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with run_lock(tmp_path):
+            os.write(tell, b".")
+            time.sleep(0.3)
+            os._exit(0)
+    os.read(told, 1)
+    with run_lock(tmp_path):
+        assert os.waitpid(child, 0)[1] == 0
 
 
 def test_metrics_are_cut(tmp_path: Path) -> None:

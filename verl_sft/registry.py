@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from verl_sft.errors import UsageError
+from verl_sft.errors import Preempted, UsageError
 
 ENVIRONMENTS: dict[str, str] = {"alfworld": "verl_sft.envs.alfworld:make_alfworld"}
 POLICIES: dict[str, str] = {
@@ -92,6 +92,8 @@ def _load_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+    except Preempted:
+        raise
     except Exception as error:
         line = error.lineno if isinstance(error, SyntaxError) else ""
         raise UsageError(

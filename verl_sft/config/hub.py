@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from verl_sft.errors import Preempted
+
 _WAIT_S = 5.0
 _ATTEMPTS = 2
 
@@ -68,6 +70,8 @@ def _answers() -> bool:
     for _ in range(_ATTEMPTS):
         try:
             get_session().head(constants.ENDPOINT, timeout=_WAIT_S)
+        except Preempted:
+            raise
         except Exception:  # the client's library differs between versions
             continue
         return True

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from verl_sft.errors import PeerLostError, Preempted
 from verl_sft.trainer.failures import as_user_error
 from verl_sft.trainer.status import STATUS_ENV, STATUS_FILE, write_status
+from verl_sft.trainer.stopping import raised_signal, stopped_outside
 
 _MAIN_FIRST_S = 1.0  # the others of a stopped run only record what rank 0 cannot
 
@@ -48,6 +49,8 @@ def failed(error: BaseException, *, directory: Path | None) -> End:
         traceback.print_exception(error)
         _write_end(1, f"{type(error).__name__}: {error}", directory, told=True)
         return End(1, agreed=False)
+    if isinstance(known, PeerLostError) and raised_signal():
+        known = stopped_outside(raised_signal())  # the others were told to stop, too, and are gone
     agreed = known.agreed or not dist.is_initialized()
     if agreed:
         if _is_main():
