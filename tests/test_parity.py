@@ -168,7 +168,8 @@ def assert_parity(found: Result, expected: Result) -> None:
     assert np.abs(found[0][:, 1] - expected[0][:, 1]).max() < 1e-4
     assert found[1].keys() == expected[1].keys() and found[1]
     for name, tensor in expected[1].items():
-        assert float((found[1][name] - tensor).abs().max()) < 1e-5, name
+        # Where a gradient is as small as Adam's eps its rounding decides: 2 % of a step.
+        assert float((found[1][name] - tensor).abs().max()) < 0.02 * LR, name
 
 
 @pytest.mark.parametrize("changes", [{}, LORA], ids=["full", "lora"])
