@@ -107,7 +107,7 @@ def test_one_word_is_a_list_of_one() -> None:
         (TrainConfig, "nonsense", "key=value"),
         (CollectConfig, "policy.noise=1.5", "between 0 and 1"),
         (CollectConfig, "env.split=test", "valid_unseen"),
-        (TrainConfig, "trainer.seed=-1", "at least 0"),
+        (TrainConfig, "trainer.seed=-1", "between 0 and"),
         (TrainConfig, "data.num_workers=-1", "at least 0"),
         (TrainConfig, "data.train_max_samples=0", "leaves no row"),
         (TrainConfig, "optim.lr=inf", "at least 0"),

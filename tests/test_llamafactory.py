@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tests.llamafactory_table import NAMES, PAGE, table
+from verl_sft.cli import main
+from verl_sft.config.inspect import InspectConfig
 from verl_sft.config.llamafactory import KNOWN
 from verl_sft.config.llamafactory_keys import CHANGED, IDLE, REFUSED, SAME, arguments
 from verl_sft.config.load import config_keys, load_config
@@ -18,6 +20,7 @@ from verl_sft.data.sources import open_sources
 from verl_sft.errors import UsageError
 from verl_sft.records.mix import read_mix, resolve_sources
 from verl_sft.records.parse import ReadOptions
+from verl_sft.trainer import launch
 
 USERRL = """
 model_name_or_path: Qwen/Qwen3-8B
@@ -488,3 +491,26 @@ def test_several_sets_to_validate_on(folder: Path) -> None:
     assert list(config.data.val_files) == ["merged_gym_sft", "envscaler"]
     _, val = open_sources(config.data, cache=folder / "cache")
     assert list(val) == ["merged_gym_sft", "envscaler"]
+
+
+@pytest.mark.parametrize(
+    ("words", "ranks"), [("train", 2), ("train nproc=3", 3), ("plan", 2), ("plan world_size=5", 5)]
+)
+def test_a_dry_run_counts_the_ranks_that_would_start(
+    folder: Path, words: str, ranks: int, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Their batch size is per process: a dry run shows the batch of the run."""
+    monkeypatch.setattr(launch, "default_nproc", lambda: 2)
+    (folder / "run.yaml").write_text(USERRL)
+    batch = ("gradient_accumulation_steps=1", "per_device_train_batch_size=3")
+    assert main([*words.split(), "--llamafactory", "run.yaml", "--dry-run", *batch]) == 0
+    assert f"train_batch_size: {3 * ranks}\n" in capsys.readouterr().out
+
+
+def test_inspect_takes_the_file_too(folder: Path) -> None:
+    """What a run would train on can be looked at with the words of the run."""
+    (folder / "run.yaml").write_text(USERRL)
+    words = ("--llamafactory", "run.yaml", "optim.lr=1", "trainer.seed=3", "out=there")
+    config = load_config(InspectConfig, words)
+    assert config.data.max_length == 16384 and config.out == "there"

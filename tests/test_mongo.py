@@ -401,6 +401,8 @@ def test_passwords_that_break_an_address(uri: str, tmp_path: Path) -> None:
         ["data.train_files=[{path: mongodb://ann:s3cret@h/own.rows, weight: 2}]", "--dry-run"],
         ["data.val_files={a: mongodb://ann:s3cret@h/own.rows}", "--dry-run"],
         ["data.mongo.uri=[mongodb://ann:s3cret@h/own", "--dry-run"],
+        ["data.mongo.uri='mongodb://ann:s3cret'@h/own'", "--dry-run"],
+        ["data.mongo.uri=ann:s3cret@h/own", "--dry-run"],
         ["data.max_length=mongodb://ann:s3cret@h/own", "--dry-run"],
         ["data.train_file=mongodb://ann:s3cret@h/own", "--dry-run"],
         ["data.custom_cls.path=mongodb://ann:s3cret@h/own", "--dry-run"],

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from verl_sft.commands.common import read_words
+from verl_sft.commands.common import default_ranks, read_words
 from verl_sft.config.plan import PlanConfig
 
 
@@ -16,7 +16,9 @@ def main(words: Sequence[str]) -> int:
         "verl-sft plan data.train_files=DIR model.partial_pretrain=HF_DIR [world_size=N] "
         "[json=FILE] [key=value ...]"
     )
-    config = read_words(PlanConfig, words, usage=usage)
+    given = [w.removeprefix("world_size=") for w in words if w.startswith("world_size=")]
+    size = int(given[-1]) if given and given[-1].isdecimal() else default_ranks(words)
+    config = read_words(PlanConfig, words, usage=usage, world_size=size)
     if config is None:
         return 0
     from verl_sft.safe_io import make_output_dir, write_json

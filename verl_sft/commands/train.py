@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from verl_sft.commands.common import read_words
+from verl_sft.commands.common import default_ranks, read_words
 from verl_sft.config.train import TrainConfig
 from verl_sft.errors import UsageError
+from verl_sft.trainer.launch import MOST_RANKS, default_nproc, launch, number_of_ranks
 
 
 def main(words: Sequence[str]) -> int:
@@ -16,10 +17,9 @@ def main(words: Sequence[str]) -> int:
         "verl-sft train [nproc=N] [--llamafactory FILE.yaml] data.train_files=DIR "
         "model.partial_pretrain=HF_DIR [key=value ...]"
     )
-    if read_words(TrainConfig, rest, usage=usage, world_size=nproc, told_later=True) is None:
+    size = nproc or default_ranks(rest)
+    if read_words(TrainConfig, rest, usage=usage, world_size=size, told_later=True) is None:
         return 0
-    from verl_sft.trainer.launch import default_nproc, launch
-
     return launch(rest, nproc=nproc or default_nproc())
 
 
@@ -30,9 +30,9 @@ def _split_nproc(words: Sequence[str]) -> tuple[int | None, list[str]]:
     for word in words:
         if word.startswith("nproc="):
             value = word.removeprefix("nproc=")
-            if not value.isdecimal() or int(value) < 1:
-                raise UsageError(f"{word}: must be a number of processes, at least 1")
-            nproc = int(value)
+            nproc = number_of_ranks(value)
+            if not nproc:
+                raise UsageError(f"{word}: must be a number of processes, from 1 to {MOST_RANKS}")
         else:
             rest.append(word)
     return nproc, rest

@@ -1,19 +1,17 @@
-"""What `inspect` can be told: the data and model sections of a training run, and where to write."""
+"""What `inspect` can be told: everything that `train` can, and where to write."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from verl_sft.config.checks import at_least
-from verl_sft.config.train import DataConfig, ModelConfig
+from verl_sft.config.train import TrainConfig
 
 
 @dataclass
-class InspectConfig:
+class InspectConfig(TrainConfig):
     """`verl-sft inspect`: what would this run train on?"""
 
-    data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
     out: str = "audit"  # where audit.json and audit.html appear
     dump: str | None = None  # JSON lines file with every sample's ids and weights
     max_rows: int = -1  # rows to read; -1: all

@@ -115,8 +115,11 @@ def _parse(words: Sequence[str], *, defaults: Any) -> Iterator[tuple[str, Any]]:
         try:
             override = parser.parse_override(_quoted(word))
         except HydraException as error:
+            why = str(error).splitlines()[0]
+            if "://" in word and "@" in word:  # both may hold a password that a quote divides
+                word, why = f"{word.partition('=')[0]}=***", "its quotes or brackets do not match"
             raise UsageError(
-                f"cannot read '{word}': {str(error).splitlines()[0]}",
+                f"cannot read '{word}': {why}",
                 fix="Quote values that hold spaces, commas or brackets: \"key='a, b'\"",
             ) from error
         key = override.key_or_group

@@ -31,6 +31,22 @@ def hide(uri: str) -> str:
     return shown
 
 
+def hide_database(key: str, uri: str) -> str:
+    """As `hide`, for a key that takes nothing but the address of a database.
+
+    Raises:
+        UsageError: it is none; what may be a password in it is not shown.
+    """
+    if not uri.startswith(DATABASES):
+        _, sign, host = uri.rpartition("@")
+        raise UsageError(
+            "the address is not one of MongoDB",
+            where=f"{key}={HIDDEN if sign else ''}{sign}{host}",
+            fix="Write mongodb://USER:PASSWORD@HOST:27017/DATABASE",
+        )
+    return hide(uri)
+
+
 def hide_all(value: Any) -> Any:
     """A value of any shape with `hide` applied to each address in it; filters stay as they are."""
     if isinstance(value, str):

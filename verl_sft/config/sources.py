@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl_sft.config.checks import at_least, one_of
-from verl_sft.config.secrets import hide
+from verl_sft.config.secrets import hide_database
 from verl_sft.errors import UsageError
 
 
@@ -49,7 +49,7 @@ class MongoConfig:
     timeout_s: float = 20.0  # without an answer of the server
 
     def __post_init__(self) -> None:
-        self.uri = hide(self.uri) if self.uri else None
+        self.uri = hide_database("data.mongo.uri", self.uri) if self.uri else None
         at_least("data.mongo.batch_size", self.batch_size, 1)
         at_least("data.mongo.timeout_s", self.timeout_s, 0.001)
         if self.limit == 0 or self.limit < -1:

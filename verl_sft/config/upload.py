@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from verl_sft.config.checks import at_least, fraction, one_of
-from verl_sft.config.secrets import hide, hide_all
+from verl_sft.config.secrets import hide_all, hide_database
 from verl_sft.config.sources import AgentRLConfig, RawConfig
 
 
@@ -33,7 +33,7 @@ class UploadConfig:
 
     def __post_init__(self) -> None:
         self.inputs = hide_all(self.inputs)
-        self.uri = hide(self.uri) if self.uri else None
+        self.uri = hide_database("uri", self.uri) if self.uri else None
         one_of("to", self.to, ("mongodb",))
         one_of("split", self.split, ("train", "valid", "test", "eval"))
         at_least("batch_size", self.batch_size, 1)
