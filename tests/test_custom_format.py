@@ -22,6 +22,12 @@ def pairs(row):
     chat = (Message("user", row["q"]), Message("assistant", row["a"]))
     return [SFTRecord(messages=chat), {"messages": [m.to_json() for m in chat]}]
 
+def one_by_one(row):
+    yield from pairs(row) or ()
+
+def leaves(row):
+    raise SystemExit(3)
+
 notes = "no function"
 """
 
@@ -46,9 +52,20 @@ def test_a_function_reads_rows(rows: Path) -> None:
     assert (reject.row, reject.code) == (2, "READER_FAILED") and "KeyError: 'a'" in reject.message
 
 
+def test_a_generator_is_a_list(rows: Path) -> None:
+    """What it yields are the row's records; what it raises refuses the row, as `sys.exit` does."""
+    for name, count, code in (("one_by_one", 2, "KeyError"), ("leaves", 0, "SystemExit")):
+        options = ReadOptions(multiturn=True, format=f"{rows.parent / 'mine.py'}:{name}")
+        bad: list[Reject] = []
+        assert len(list(read_records(rows, options=options, reject=bad.append))) == count
+        assert bad[-1].code == "READER_FAILED" and code in bad[-1].message
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        (":pairs", "cannot load the data format"),
+        ("{folder}/leaves.py:pairs", "leaves.py: the file cannot be run: SystemExit"),
         ("nothing.py:pairs", "no such file"),
         ("{folder}/mine.py:pears", "cannot load the data format"),
         ("{folder}/mine.py:notes", "is not a function"),
@@ -57,6 +74,7 @@ def test_a_function_reads_rows(rows: Path) -> None:
 )
 def test_a_wrong_name_is_an_error(rows: Path, name: str, message: str) -> None:
     """Missing files and attributes, values that are no function, unknown names."""
+    (rows.parent / "leaves.py").write_text("raise SystemExit(3)")
     options = ReadOptions(multiturn=True, format=name.format(folder=rows.parent))
     with pytest.raises(UsageError, match=message):
         list(read_records(rows, options=options))

@@ -117,6 +117,7 @@ def test_shuffled_steps_are_put_in_order(tmp_path: Path) -> None:
         (["in={source}", "out={tmp}/x.jsonl", "to=raw"], "can be read, not written"),
         (["in={source}", "out={tmp}/x.jsonl", "to=userrl"], "Let out= end in .json"),
         (["in={source}", "out={tmp}/x", "select.where=1; DROP"], "select.where"),
+        (["in={source}", "out={tmp}/x", "select.where='zeroblob(999999999)'"], "too big"),
     ],
 )
 def test_wrong_words_help(
@@ -225,3 +226,35 @@ def test_ends_of_the_fraction(tmp_path: Path, fraction: float, rows: tuple[int, 
     assert main(["convert", f"in={source}", f"out={out}", f"val_fraction={fraction}"]) == 0
     found = [len(list(read_records(out / f"{s}.parquet"))) for s in ("train", "val")]
     assert tuple(found) == rows
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("convert in=nowhere.json out=o", "in: nowhere.json: no such file"),
+        ("convert in={sample} out=o from=sharegt", "from=sharegt: "),
+        ("convert in={sample} out=o to=sharegt", "to=sharegt: "),
+        ("stats in={sample} from=sharegt", "from=sharegt: "),
+        ("stats in=nowhere.json", "in: nowhere.json: no such file"),
+        ("stats in={sample} against=nowhere.json", "against: nowhere.json: no such file"),
+        ("stats in={sample} model=./nowhere", "model=./nowhere: no such folder"),
+        ("upload in=nowhere.json uri=mongodb://h/d", "in: nowhere.json: no such file"),
+        ("upload in={sample} uri=mongodb://h/d from=sharegt", "from=sharegt: "),
+    ],
+)
+def test_wrong_words_are_named(
+    words: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any, tmp_path: Path
+) -> None:
+    """Code 2 and the word as it was typed, before anything is written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(words.format(sample=SAMPLE).split()) == 2
+    assert f"verl-sft: error: {told}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["convert", "stats", "upload"])
+def test_help_shows_the_words_to_type(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`in=` and `from=`, not the fields behind them."""
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n  in=null" in shown and "\n  from=auto" in shown and "inputs=" not in shown

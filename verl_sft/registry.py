@@ -67,7 +67,7 @@ def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
         else:
             module = importlib.import_module(module_name)
         return getattr(module, attribute)
-    except (ModuleNotFoundError, FileNotFoundError, AttributeError) as error:
+    except (ModuleNotFoundError, FileNotFoundError, AttributeError, ValueError) as error:
         if isinstance(error, ModuleNotFoundError) and name in table:
             raise
         raise UsageError(
@@ -94,9 +94,9 @@ def _load_file(path: Path) -> Any:
         spec.loader.exec_module(module)
     except Preempted:
         raise
-    except Exception as error:
-        line = error.lineno if isinstance(error, SyntaxError) else ""
+    except (Exception, SystemExit) as error:  # a script without a guard may end the process
+        line = f":{error.lineno}" if isinstance(error, SyntaxError) else ""
         raise UsageError(
-            f"the file cannot be run: {type(error).__name__}: {error}", where=f"{path}:{line}"
+            f"the file cannot be run: {type(error).__name__}: {error}", where=f"{path}{line}"
         ) from error
     return module

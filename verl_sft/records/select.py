@@ -22,6 +22,7 @@ _NAMES = (
     "turns",
     "chars",
 )
+_LARGEST = 100_000_000  # bytes of a value: a condition cannot make the memory its own
 _ALLOWED = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION}
 
 
@@ -79,6 +80,7 @@ def condition(text: str) -> Callable[[SFTRecord], bool]:
         return sqlite3.SQLITE_OK if action in _ALLOWED else sqlite3.SQLITE_DENY
 
     database.set_authorizer(allow)
+    database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LARGEST)
 
     def holds(record: SFTRecord) -> bool:
         row = [_sql_value(getattr(record, name)) for name in _NAMES[:-2]]

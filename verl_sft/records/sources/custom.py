@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from verl_sft.errors import UsageError
+from verl_sft.errors import Preempted, UsageError
 from verl_sft.records.parse import ReadOptions
 from verl_sft.records.schema import SFTRecord
 from verl_sft.records.sources.base import SourceFormat
@@ -48,10 +48,11 @@ def as_record(value: Any, *, options: ReadOptions) -> SFTRecord:
 
 def _called(name: str, function: Callable[[JSON], Any], row: JSON) -> Any:
     try:
-        return function(row)
-    except BadRowError:
+        found = function(row)
+        return list(found) if isinstance(found, Iterator) else found  # a generator runs here
+    except (BadRowError, Preempted):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         message = f"{name}: {type(error).__name__}: {error}"
         raise BadRowError("", "READER_FAILED", message) from error
 
