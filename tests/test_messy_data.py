@@ -218,7 +218,8 @@ def factory(tmp_path: Path, text: str, listed: Any = LISTED) -> int:
     (tmp_path / "dataset_info.json").write_text(json.dumps(listed), encoding="utf-8-sig")
     path = tmp_path / "run.yaml"
     base = f"model_name_or_path: m\ndataset: d\ndataset_dir: {tmp_path}\noutput_dir: o\n"
-    path.write_text(base + "finetuning_type: full\n" + text)
+    kind = "" if "finetuning_type" in text else "finetuning_type: full\n"
+    path.write_text(base + kind + text)
     return train("--llamafactory", str(path))
 
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.commands.common import read_words, say
+from verl_sft.config.checks import naming
 from verl_sft.config.convert import ConvertConfig
 from verl_sft.errors import InputError, UsageError
 
-_WORDS = {"in": "inputs", "from": "source", "to": "target"}
+_NAMES = {"in": "inputs", "from": "source", "to": "target"}
 
 
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     usage = "verl-sft convert in=FILES out=DIR_OR_FILE [from=FORMAT] [to=FORMAT] [key=value ...]"
-    config = read_words(ConvertConfig, [_renamed(word) for word in words], usage=usage)
+    config = read_words(ConvertConfig, words, usage=usage, names=_NAMES)
     if config is None:
         if any(w in ("-h", "--help") for w in words):
             print("\nFormats:\n" + "\n".join(_format_lines()))
@@ -29,11 +30,15 @@ def main(words: Sequence[str]) -> int:
         raise UsageError("in= and out= are needed", fix=f"usage: {usage}")
     from verl_sft.records.convert import ConvertReport, NothingLeftError
     from verl_sft.records.parse import Reject
+    from verl_sft.records.read import check_format
     from verl_sft.records.values import LEFT_OUT
     from verl_sft.safe_io import dump_json, make_output_dir, publishing
 
+    check_format("from", config.source)
+    check_format("to", config.target)
     out = Path(config.out).expanduser()
-    files = _all_files(config.inputs)
+    with naming("in"):
+        files = _all_files(config.inputs)
     refusals = _refusals(config, out)
     _check_output(config, out, files, refusals)
     make_output_dir(refusals.parent)
@@ -171,11 +176,6 @@ def _tell(report: object, refusals: Path) -> None:
     if report.refused:
         reasons = ", ".join(f"{code} {count}" for code, count in report.refused.most_common())
         print(f"refused: {reasons}; see {refusals}")
-
-
-def _renamed(word: str) -> str:
-    key, sign, value = word.partition("=")
-    return f"{_WORDS[key]}={value}" if sign and key in _WORDS else word
 
 
 def _format_lines() -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from verl_sft.commands.common import read_words, say
-from verl_sft.config.checks import tokenizer_folder
+from verl_sft.config.checks import naming, tokenizer_folder
 from verl_sft.config.stats import StatsConfig
 from verl_sft.errors import InputError, UsageError
 from verl_sft.types import JSON
@@ -17,8 +17,7 @@ from verl_sft.types import JSON
 def main(words: Sequence[str]) -> int:
     """Run the command; returns its exit code."""
     usage = "verl-sft stats in=DIR [against=FILES] [model=HF_DIR] [out=DIR] [key=value ...]"
-    renamed = [f"inputs={w[3:]}" if w.startswith("in=") else w for w in words]
-    config = read_words(StatsConfig, renamed, usage=usage)
+    config = read_words(StatsConfig, words, usage=usage, names={"in": "inputs", "from": "source"})
     if config is None:
         return 0
     if not config.inputs:
@@ -27,7 +26,10 @@ def main(words: Sequence[str]) -> int:
         config.model = tokenizer_folder("model", config.model)
     from verl_sft.records.file_set import check_versions, versions_of
     from verl_sft.records.quality import Summary, defects, overlaps
+    from verl_sft.records.read import check_format
     from verl_sft.safe_io import make_output_dir, write_json
+
+    check_format("from", config.source)
 
     splits: dict[str, Summary] = {}
     dropped: Counter[str] = Counter()
@@ -71,11 +73,15 @@ def main(words: Sequence[str]) -> int:
 def _splits(config: StatsConfig) -> Iterator[tuple[str, list[Path]]]:
     from verl_sft.records.resolve import held_out_files, resolve_files
 
-    yield "train", resolve_files(config.inputs, split="train")
+    with naming("in"):
+        files = resolve_files(config.inputs, split="train")
+    yield "train", files
     if held_out := held_out_files(config.inputs):
         yield "val", held_out
     if config.against:
-        yield "against", resolve_files(config.against, split="train")
+        with naming("against"):
+            files = resolve_files(config.against, split="train")
+        yield "against", files
 
 
 def _summary(files: list[Path], *, config: StatsConfig, dropped: Counter[str]) -> Any:

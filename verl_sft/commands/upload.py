@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from verl_sft.commands.common import read_words
+from verl_sft.config.checks import naming
 from verl_sft.config.upload import UploadConfig
 from verl_sft.errors import InputError, UsageError
 
-_WORDS = {"in": "inputs", "from": "source"}
+_NAMES = {"in": "inputs", "from": "source"}
 
 
 def main(words: Sequence[str]) -> int:
@@ -19,7 +20,7 @@ def main(words: Sequence[str]) -> int:
         "verl-sft upload in=FILES to=mongodb uri=URI [database=NAME] [collection=NAME] "
         "[from=FORMAT] [key=value ...]"
     )
-    config = read_words(UploadConfig, [_renamed(word) for word in words], usage=usage)
+    config = read_words(UploadConfig, words, usage=usage, names=_NAMES)
     if config is None:
         return 0
     if not config.inputs or not config.uri:
@@ -29,12 +30,14 @@ def main(words: Sequence[str]) -> int:
     from verl_sft.records.mongo import connected
     from verl_sft.records.mongo_upload import UploadReport, upload
     from verl_sft.records.parse import ReadOptions, Reject
-    from verl_sft.records.read import read_records
+    from verl_sft.records.read import check_format, read_records
     from verl_sft.records.resolve import resolve_files
     from verl_sft.records.values import LEFT_OUT
     from verl_sft.safe_io import dump_json, make_output_dir, publishing
 
-    files = resolve_files(config.inputs, split="train")
+    check_format("from", config.source)
+    with naming("in"):
+        files = resolve_files(config.inputs, split="train")
     place = MongoConfig(config.uri, config.database, config.collection, timeout_s=config.timeout_s)
     formats = {**asdict(config.agentrl), **asdict(config.raw)}
     options = ReadOptions(multiturn=True, format=config.source, **formats)
@@ -69,8 +72,3 @@ def main(words: Sequence[str]) -> int:
             fix="The file says for each row what to change; the others were stored",
         )
     return 0
-
-
-def _renamed(word: str) -> str:
-    key, sign, value = word.partition("=")
-    return f"{_WORDS[key]}={value}" if sign and key in _WORDS else word

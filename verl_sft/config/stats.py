@@ -14,7 +14,8 @@ from verl_sft.config.select import SelectConfig
 class StatsConfig:
     """`verl-sft stats in=DIR`: what is in this data, and does any of it leak?
 
-    On the command line `in` stands for `inputs`; a directory gives its train and val files.
+    On the command line `in` and `from` stand for `inputs` and `source`; a directory gives its train
+    and val files.
     """
 
     inputs: Any = None  # files, an sft_data directory, a glob, or a list of these

@@ -15,11 +15,10 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from verl_sft.config.checks import naming
 from verl_sft.errors import UsageError
 from verl_sft.records.build import group_of
 from verl_sft.records.parse import ReadOptions, Reject
-from verl_sft.records.read import find_format, read_records
+from verl_sft.records.read import check_format, read_records
 from verl_sft.records.resolve import OpenDatabase, is_database, resolve_files
 from verl_sft.records.schema import NOTE, SFTRecord
 from verl_sft.records.sources.alpaca import COLUMNS as ALPACA_COLUMNS
@@ -239,7 +238,6 @@ def _field(key: str, value: Any, where: str) -> Any:
         raise UsageError(f"{key}={value!r:.80}: must be {wanted[kind]}", where=where)
     if not holds(value):
         raise UsageError(f"{key}={value!r:.80}: out of range", where=where)
-    if key == "format" and isinstance(value, str) and value not in ("", "auto"):
-        with naming(f"format={value}"):
-            find_format(value)
+    if key == "format":
+        check_format("format", str(value))
     return value

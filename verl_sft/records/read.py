@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from verl_sft.config.checks import naming
 from verl_sft.errors import InputError
 from verl_sft.records.files import Row, open_rows
 from verl_sft.records.media import need_text_only
@@ -150,6 +151,21 @@ def find_format(name: str) -> SourceFormat:
     """
     found = resolve("data format", name, SOURCES)
     return found if isinstance(found, SourceFormat) else custom_format(name, found)
+
+
+def check_format(key: str, name: str) -> None:
+    """Raise for the name of a format that does not exist.
+
+    Args:
+        key: that it was given by.
+        name: of a format, `auto`, or empty.
+
+    Raises:
+        UsageError: as `find_format`, with the key.
+    """
+    if name not in ("", "auto"):
+        with naming(f"{key}={name}"):
+            find_format(name)
 
 
 def need_columns(path: Path, columns: frozenset[str], options: ReadOptions) -> None:

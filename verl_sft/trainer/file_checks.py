@@ -20,7 +20,7 @@ from verl_sft.model.lora import add_lora, wants_lora
 from verl_sft.model.meta import empty_model
 from verl_sft.model.shape import ModelShape
 from verl_sft.model.ulysses import check_heads
-from verl_sft.records.read import find_format
+from verl_sft.records.read import check_format
 from verl_sft.registry import PROMPTS, resolve
 from verl_sft.safe_io import make_output_dir
 from verl_sft.trainer.planning import model_shape
@@ -45,9 +45,7 @@ def check_files(config: TrainConfig, *, device: torch.device, num_tokens: int) -
     pick_attention(config.model.attn_implementation, device=device, half=half)
     if config.trainer.resume_mode == "resume_path":
         named_checkpoint(config)
-    if config.data.format != "auto":
-        with naming(f"data.format={config.data.format}"):
-            find_format(config.data.format)
+    check_format("data.format", config.data.format)
     if config.data.raw.prompt:
         with naming("data.raw.prompt"):
             resolve("prompt template", config.data.raw.prompt, PROMPTS)
