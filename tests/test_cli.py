@@ -89,6 +89,13 @@ def test_sigterm_leaves_by_the_front_door(
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize("number", ["0", "-1", "two", "\u00b2", "1025", "9" * 20, "9" * 5000])
+def test_a_mistyped_number_of_ranks(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Refused at once: torchrun would begin to start so many."""
+    assert main(["train", f"nproc={number}", "data.train_files=x"]) == 2
+    assert "from 1 to 1024" in capsys.readouterr().err
+
+
 def test_no_words_is_a_usage_error() -> None:
     """Without a command the help is shown and the exit code says so."""
     assert main([]) == 2

@@ -21,6 +21,7 @@ from verl_sft.trainer.rank import LAUNCHER_ENV
 from verl_sft.trainer.status import STATUS_ENV, write_status
 
 TARGET = "verl_sft.trainer.rank"
+MOST_RANKS = 1024  # of one machine; more are a mistyped number
 _CODES = "exit_codes.json"  # of the ranks, beside the launcher's copy of the status
 _GRACE_S = 5.0  # for the other ranks, once one is lost
 _SAVE_S = 1800  # for ranks that save behind a signal; torchrun's own 30 do not suffice for a model
@@ -89,6 +90,12 @@ def _only_once(handler: Callable[[int, Any], None]) -> Any:
         handler(number, frame)
 
     return handle
+
+
+def number_of_ranks(word: str) -> int:
+    """How many ranks a word of the command asks for; 0 if that is no number of them."""
+    count = int(word) if word.isdecimal() and len(word) < 9 else 0
+    return count if count <= MOST_RANKS else 0
 
 
 def default_nproc() -> int:
@@ -239,11 +246,12 @@ def _num_cores() -> int:
 def main() -> int:
     """`python -m verl_sft.trainer.launch NPROC key=value ...`."""
     words = sys.argv[1:]
-    if not words or not words[0].isdigit() or words[0] == "0":
+    nproc = number_of_ranks(words[0]) if words else 0
+    if not nproc:
         print("usage: python -m verl_sft.trainer.launch NPROC key=value ...", file=sys.stderr)
         return 2
     try:
-        return launch(words[1:], int(words[0]))
+        return launch(words[1:], nproc)
     except KeyboardInterrupt:
         print("verl-sft: stopped by Ctrl-C", file=sys.stderr)
         return 130
