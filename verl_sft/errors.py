@@ -12,8 +12,9 @@
     +-- RunBusyError                       9   another run holds the directory
     +-- Preempted                         75   stopped by a signal, can be resumed
 
-0 means done and verified, 130 stopped by Ctrl-C. A message says what happened, where, why it
-matters and what to do; `str(error)` prints the four parts that are there.
+0 means done and verified, 130 stopped by Ctrl-C, 143 by SIGTERM with nothing to save. A message
+says what happened, where, why it matters and what to do; `str(error)` prints the four parts that
+are there.
 """
 
 from __future__ import annotations
