@@ -23,7 +23,7 @@ from verl_sft.types import JSON
 
 SIDES = ("train", "val")
 METADATA_KEY = b"verl_sft"
-_GROUP_BYTES = 32 << 20  # text of one row group: what a reader must hold at a time
+_GROUP_BYTES = 32 << 20  # text of one row group: what most readers hold at a time
 _GROUP_ROWS = 10_000
 _LONG = ("messages", "messages_json", "prompt_data", "response_data", "tools_json", "meta_json")
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
