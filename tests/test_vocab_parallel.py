@@ -74,10 +74,10 @@ def run_once(
 
 
 def assert_same(one: Any, other: Any) -> None:
-    """The bounds of the project: losses 1e-6, gradient norms 1e-5; Adam enlarges the rest."""
+    """Losses within 1e-6, gradient norms within 1e-5 of themselves; Adam enlarges the rest."""
     assert one[0].shape == other[0].shape
     assert np.abs(one[0][:, 0] - other[0][:, 0]).max() < 1e-6
-    assert np.abs(one[0][:, 1] - other[0][:, 1]).max() < 1e-5
+    assert np.abs(one[0][:, 1] / other[0][:, 1] - 1).max() < 1e-5
     assert one[1].keys() == other[1].keys()
     for name, tensor in one[1].items():
         if name.startswith("model."):
