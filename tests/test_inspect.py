@@ -140,13 +140,28 @@ def test_the_dump_lets_anyone_check_the_masks(tmp_path: Path) -> None:
     store, _, out = run(tmp_path)
     rows = [json.loads(line) for line in (out / "dump.jsonl").read_text().splitlines()]
     assert [r["record_id"] for r in rows] == ["r0", "r1", "r3"]
+    assert [r["source"] for r in rows] == [f"train.parquet:{row}" for row in (0, 1, 3)]
     for row, sample in zip(rows, store, strict=True):
-        assert set(row) == {"record_id", "input_ids", "target_ids", "weights", "position_ids",
-                            "learned_text"}  # fmt: skip
+        assert set(row) == {"record_id", "source", "input_ids", "target_ids", "weights",
+                            "position_ids", "learned_text"}  # fmt: skip
         assert row["input_ids"][1:] == row["target_ids"][:-1]
         assert row["weights"] == sample.weights.tolist()
         assert row["position_ids"] == list(range(len(sample)))
     assert rows[0]["learned_text"] == "4.<|im_end|>\n\u4f60\u597d 6.<|im_end|>\n"
+
+
+def test_as_many_rows_as_the_run_would_read(tmp_path: Path) -> None:
+    """`data.train_max_samples` holds here too, `max_rows` comes first; no empty fix is shown."""
+    words = [f"data.train_files={tmp_path / 'rows.jsonl'}", "data.format=verl", f"out={tmp_path}"]
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    lines = [json.dumps(row), *["[1]"] * 2, *[json.dumps(row)] * 3]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    for more, samples in (["data.train_max_samples=2"], 2), (["max_rows=3"], 3), ([], 4):
+        config = load_config(InspectConfig, [*words, "data.multiturn.enable=true", *more])
+        store, lines = inspect(config, tokenizer=TEMPLATE.spec)
+        assert len(store) == samples
+        text = "\n".join(lines)
+        assert re.search(r"\nrefused .*rows\.jsonl:1", text) and "fix: \n" not in text
 
 
 def test_text_of_tokens_joins_to_the_text() -> None:

@@ -28,7 +28,7 @@ def test_the_given_template_is_used(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(ModelConfig(model, custom_chat_template=given))
         text = tokenizer.apply_chat_template(CHAT, tokenize=False)
         assert text.startswith("<|im_start|>#user")
-    with pytest.raises(UsageError, match="no such chat template"):
+    with pytest.raises(UsageError, match="no such file"):
         load_tokenizer(ModelConfig(model, custom_chat_template="nowhere.jinja"))
 
 

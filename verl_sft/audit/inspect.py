@@ -40,6 +40,7 @@ def inspect(
         tokenizer = _tokenizer(config.model)
     out = make_output_dir(Path(config.out).expanduser())
     cache = Path(config.data.cache_dir) if config.data.cache_dir else out / "token_cache"
+    most = config.max_rows if config.max_rows >= 0 else config.data.train_max_samples
     sources, _ = open_sources(config.data, cache=cache)
     files = [file for source in sources for file in source.files]
     store = load_samples(
@@ -47,13 +48,13 @@ def inspect(
         tokenizer=tokenizer,
         config=config.data,
         cache_dir=cache,
-        max_samples=config.max_rows,
+        max_samples=most,
         check=False,
     )
     speller = Speller(tokenizer)
     chosen = choose(store, most=config.page_samples)
     outcomes = Outcomes(wanted={store.source(i) for i in chosen}, most_failed=config.page_samples)
-    limit = None if config.max_rows < 0 else config.max_rows
+    limit = None if most < 0 else most
     records = read_mix(sources, options=read_options(config.data), reject=lambda _: None)
     outcomes.read(islice(records, limit))
     chosen = sorted({*chosen, *find_sources(store, outcomes.failed, most=config.page_samples)})
@@ -89,6 +90,7 @@ def dump(store: SampleStore, *, path: Path, speller: Speller) -> None:
         for sample in store:
             row = {
                 "record_id": sample.record_id,
+                "source": sample.source,
                 "input_ids": sample.input_ids.tolist(),
                 "target_ids": sample.target_ids.tolist(),
                 "weights": sample.weights.tolist(),
@@ -134,4 +136,5 @@ def table(audit: JSON) -> Iterator[str]:
     yield from (f"{name:<{width}}  {value}" for name, value in rows.items())
     for row in audit["refused_rows"][:5]:
         yield f"\nrefused {row['where']}: {row['code']}: {row['reason']}"
-        yield f"  fix: {row['fix']}"
+        if row["fix"]:
+            yield f"  fix: {row['fix']}"

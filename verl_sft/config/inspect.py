@@ -14,7 +14,7 @@ class InspectConfig(TrainConfig):
 
     out: str = "audit"  # where audit.json and audit.html appear
     dump: str | None = None  # JSON lines file with every sample's ids and weights
-    max_rows: int = -1  # rows to read; -1: all
+    max_rows: int = -1  # rows to read; -1: data.train_max_samples
     show: int = 3  # samples shown in the terminal
     page_samples: int = 60  # samples of each kind in the page
 

@@ -143,7 +143,7 @@ def to_records(
         try:
             record = as_record(without_nulls(row) if from_arrow else row, options=options)
         except BadRowError as bad:
-            where = f"{name}_dataset:{number}:{bad.field}"
+            where = f"{name}_dataset:{number}:{bad.field}".rstrip(":")
             raise InputError(bad.message, where=where, why=bad.code, fix=bad.fix) from bad
         yield record if record.record_id else replace(record, record_id=record_id(record))
 
