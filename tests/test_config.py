@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from verl_sft.config.collect import CollectConfig, EvaluateConfig, MakeGamesConfig
+from verl_sft.config.convert import ConvertConfig
 from verl_sft.config.export import ExportConfig
+from verl_sft.config.inspect import InspectConfig
 from verl_sft.config.load import config_keys, load_config
 from verl_sft.config.train import TrainConfig
 from verl_sft.errors import UsageError
@@ -110,6 +112,8 @@ def test_one_word_is_a_list_of_one() -> None:
         (TrainConfig, "trainer.seed=-1", "between 0 and"),
         (TrainConfig, "data.num_workers=-1", "at least 0"),
         (TrainConfig, "data.train_max_samples=0", "leaves no row"),
+        (ConvertConfig, "max_rows=-5", "leaves no row"),
+        (InspectConfig, "max_rows=0", "leaves no row"),
         (TrainConfig, "optim.lr=inf", "at least 0"),
         (TrainConfig, "optim.clip_grad=-1", "at least 0"),
         (TrainConfig, "optim.betas=[0.9]", "two numbers"),

@@ -48,6 +48,12 @@ def between(key: str, value: float, low: float, high: float) -> None:
         raise UsageError(f"{key}={value}: must be between {low} and {high}")
 
 
+def rows_or_all(key: str, value: int) -> None:
+    """Raise unless `value` is a number of rows, at least 1, or -1 for all."""
+    if value == 0 or value < -1:
+        raise UsageError(f"{key}={value}: leaves no row", fix="-1 takes all rows")
+
+
 def whole(key: str, value: Any) -> int:
     """The whole number that a value of another tool's file or flag spells, at least 1.
 

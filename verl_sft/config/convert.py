@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_sft.config.checks import at_least, fraction, one_of
+from verl_sft.config.checks import at_least, fraction, one_of, rows_or_all
 from verl_sft.config.secrets import hide_all
 from verl_sft.config.select import SelectConfig
 from verl_sft.config.sources import AgentRLConfig, RawConfig
@@ -40,3 +40,4 @@ class ConvertConfig:
         fraction("val_fraction", self.val_fraction)
         fraction("max_reject_fraction", self.max_reject_fraction)
         at_least("seed", self.seed, 0)
+        rows_or_all("max_rows", self.max_rows)

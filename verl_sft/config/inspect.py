@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from verl_sft.config.checks import at_least
+from verl_sft.config.checks import at_least, rows_or_all
 from verl_sft.config.train import TrainConfig
 
 
@@ -19,5 +19,6 @@ class InspectConfig(TrainConfig):
     page_samples: int = 60  # samples of each kind in the page
 
     def __post_init__(self) -> None:
+        rows_or_all("max_rows", self.max_rows)
         at_least("show", self.show, 0)
         at_least("page_samples", self.page_samples, 1)

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from verl_sft.config.checks import above, at_least, between, file_size, fraction, one_of
+from verl_sft.config.checks import (
+    above,
+    at_least,
+    between,
+    file_size,
+    fraction,
+    one_of,
+    rows_or_all,
+)
 from verl_sft.config.secrets import hide, hide_all
 from verl_sft.config.sources import AgentRLConfig, MongoConfig, RawConfig
 from verl_sft.errors import UsageError
@@ -103,8 +111,7 @@ class DataConfig:
         if self.num_workers is not None:
             at_least("data.num_workers", self.num_workers, 0)
         for key in ("train_max_samples", "val_max_samples"):
-            if (rows := getattr(self, key)) == 0 or rows < -1:
-                raise UsageError(f"data.{key}={rows}: leaves no row", fix="-1 takes all rows")
+            rows_or_all(f"data.{key}", getattr(self, key))
 
     @property
     def token_budget(self) -> int:
