@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 
 from tests.train_ranks import toy_model
@@ -125,7 +126,6 @@ def test_a_bad_row_is_named_by_its_place(tmp_path: Path) -> None:
 
 def test_loops_threads_and_two_runs_in_one_process(tmp_path: Path) -> None:
     """Inside a running event loop, as in a notebook, a run is the same, also the second one."""
-    pandas = pytest.importorskip("pandas")
     losses = []
 
     async def notebook() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from tests.llamafactory_table import NAMES, PAGE, table
 from verl_sft.cli import main
@@ -323,7 +324,6 @@ def test_arguments_become_keys(folder: Path, text: str, wanted: dict[str, Any]) 
 
 def test_every_argument_has_a_class() -> None:
     """LLaMA-Factory's own and those of the installed transformers; none has two."""
-    transformers = pytest.importorskip("transformers")
     theirs = {f.name for f in fields(transformers.Seq2SeqTrainingArguments) if f.init}
     known = [name for name, _, _ in arguments()]
     assert sorted({*NAMES, *theirs} - set(known)) == []

@@ -15,7 +15,6 @@ from verl_sft.config.sources import MongoConfig
 from verl_sft.errors import InputError
 from verl_sft.records.mongo import export
 
-pytest.importorskip("pymongo")
 ROWS = [
     {"_id": n, "messages": [{"role": "user", "content": f"{n}?"}], "text": "x" * n}
     for n in range(11)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 from tests.chat_records import records
+from tests.test_source_trajectories import write
 from verl_sft.cli import main
 from verl_sft.records.io import write_parquet
 from verl_sft.records.parse import ReadOptions
@@ -55,14 +55,6 @@ def listed(value: Any) -> Any:
     if isinstance(value, np.ndarray | list):
         return [listed(v) for v in value]
     return value
-
-
-def write(name: str, record: SFTRecord) -> dict[str, Any]:
-    target = find_format(name)
-    assert target.write is not None
-    (row,) = target.write(record)
-    found: dict[str, Any] = json.loads(json.dumps(row))
-    return found
 
 
 def convert(tmp_path: Path, name: str, *given: SFTRecord) -> tuple[int, Path]:

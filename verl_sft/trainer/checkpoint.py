@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or not there: `global_step_N/`, safetensors and JSON, no pickle.
+"""Checkpoints that are complete or not there: `global_step_N/` of safetensors and JSON alone.
 
     global_step_12/
       manifest.json                 step, epoch, fingerprints, and sha256 + size of each file
